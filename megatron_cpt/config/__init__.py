@@ -1,0 +1,1 @@
+"""The configuration: one strict schema, one loader, one manifest for every artefact."""

@@ -1,0 +1,92 @@
+"""What made an artefact: a `manifest.json` written last, atomically, beside it.
+
+A folder (or a file prefix) without its manifest is unfinished and is never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt import __version__
+from megatron_cpt.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of bytes in memory."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON: the same for equal values on every machine."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON (indented, UTF-8, keys in the order given) atomically."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], error: type[InputError] = InputError) -> Any:
+    """Read a JSON file; raises `error` that names the file when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as caught:
+        raise error(f"cannot read {path}: {caught.strerror or caught}") from None
+    except ValueError as caught:
+        raise error(f"{path} is not valid JSON ({caught}); it was cut short or is another kind of file") from None
+
+
+def write_manifest(path: str | os.PathLike[str], kind: str, inputs: Mapping[str, str], **fields: Any) -> None:
+    """Write the manifest file `path` of a finished artefact.
+
+    Args:
+        path: the manifest's own path, `<folder>/manifest.json` or `<prefix>.manifest.json`.
+        kind: what the artefact is: "tokenizer", "shards", "plan", "checkpoint", ...
+        inputs: name -> SHA-256 of everything the artefact was made from.
+        fields: whatever the next step has to compare (sizes, true and padded vocabulary, options).
+    """
+    manifest = {"kind": kind, "megatron_cpt": __version__, "inputs": dict(sorted(inputs.items())), **fields}
+    write_json_atomic(path, manifest)
+
+
+def read_manifest(path: str | os.PathLike[str], kind: str, error: type[InputError] = InputError) -> dict[str, Any]:
+    """Read a manifest and check its kind; raises `error` where it is missing or of another kind."""
+    if not os.path.exists(path):
+        raise error(f"{path} is missing: the artefact beside it is unfinished or was not made by this tool; make it again")
+    manifest = read_json(path, error)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        got = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
+        raise error(f"{path} describes {got!r}, expected {kind!r}: point to the right folder")
+    return manifest

@@ -1,0 +1,219 @@
+"""Every setting of the tool: frozen, strict, with its unit in its name.
+
+Two documents exist. `TrainConfig` is one training job (verb `train`); `RunConfig` is the whole path
+from a base model to a report (verb `run`), and its steps hand `TrainConfig`s to the training job.
+Field names are Megatron's. No torch here: `--help`, `plan` and `--dry-run` start without it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Implementation = Literal["auto", "torch"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused and values cannot be changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RopeScaling(Section):
+    """Llama 3.1's stretching of the rotary frequencies (Llama 3 report, section 3.2)."""
+
+    factor: float = Field(gt=1.0)
+    low_freq_factor: float = Field(default=1.0, gt=0.0)
+    high_freq_factor: float = Field(default=4.0, gt=0.0)
+    original_max_position_embeddings: Positive = 8192
+
+
+class LlamaShape(Section):
+    """The architecture of a Llama, without its vocabulary."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_attention_heads: Positive
+    num_query_groups: Positive
+    head_dim: Positive
+    norm_epsilon: float = Field(default=1e-5, gt=0.0)
+    rope_theta: float = Field(default=10000.0, gt=0.0)
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    max_position_embeddings: Positive = 4096
+
+
+class ParallelConfig(Section):
+    """How one model is laid over the ranks. Data parallelism is what is left of the world."""
+
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    virtual_pipeline_model_parallel_size: Positive | None = None
+    sequence_parallel: bool = False
+    # Layers of each stage in pipeline order (virtual stages: chunk 0 of every rank, then chunk 1, ...).
+    # None: even, or as even as the cost of the head allows when the layers do not divide.
+    num_layers_per_stage: tuple[NonNegative, ...] | None = None
+    distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_p2p: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class BatchConfig(Section):
+    """Sizes of a step: tokens per step = global_batch_size * seq_length."""
+
+    seq_length: Positive = 4096
+    micro_batch_size: Positive = 1
+    global_batch_size: Positive = 1024
+
+
+class OptimizerConfig(Section):
+    """AdamW with cosine decay after a linear warm-up; norms are not decayed."""
+
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    min_learning_rate: float = Field(default=3.3e-6, ge=0.0)
+    warmup_steps: NonNegative = 0
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    adam_epsilon: float = Field(default=1e-8, gt=0.0)
+    clip_grad: float = Field(default=1.0, ge=0.0)  # largest global L2 norm; 0 switches clipping off
+
+
+class DataSource(Section):
+    """One indexed dataset in the mixture: `prefix`.bin and `prefix`.idx."""
+
+    prefix: str
+    language: str
+    weight: float = Field(gt=0.0)  # share of the samples, relative to the other sources
+
+
+class ValidationSource(Section):
+    """One held-out indexed dataset, scored in bits per byte."""
+
+    prefix: str
+    language: str
+
+
+class TrainDataConfig(Section):
+    """What a job trains on and what it is scored on."""
+
+    train: tuple[DataSource, ...]
+    validation: tuple[ValidationSource, ...] = ()
+
+
+class KernelConfig(Section):
+    """Which implementation each op uses; a named one that cannot run is an error."""
+
+    attention: Implementation = "auto"
+    cross_entropy: Implementation = "auto"
+    norm: Implementation = "auto"
+    cross_entropy_budget_mib: Positive = 1024  # largest block of logits held at once
+
+
+class CheckpointConfig(Section):
+    """When trained weights are saved. The last step is always saved."""
+
+    save_interval_steps: Positive | None = None
+    keep_last: Positive = 2
+
+
+class TrainConfig(Section):
+    """One training job, from a `torch_dist` checkpoint (or random weights) to the next."""
+
+    output: str
+    tokenizer: str
+    shape: LlamaShape | None = None  # None: taken from the initial checkpoint
+    initial_checkpoint: str | None = None  # a torch_dist folder or an HF folder; None: random weights
+    seed: NonNegative = 1
+    train_steps: Positive
+    precision: Literal["fp32", "bf16"] = "bf16"
+    batch: BatchConfig = BatchConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: TrainDataConfig
+    kernels: KernelConfig = KernelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval_interval_steps: Positive | None = None  # None: before the first and after the last step
+    log_interval_steps: Positive = 10
+    vocab_divisor: Positive = 128  # padded_vocab_size is a multiple of this, whatever TP is
+
+
+class LearnConfig(Section):
+    """The part of a training job that a recipe states; the pipeline fills in paths and data."""
+
+    train_steps: Positive
+    precision: Literal["fp32", "bf16"] = "bf16"
+    num_processes: Positive = 1
+    batch: BatchConfig = BatchConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    kernels: KernelConfig = KernelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval_interval_steps: Positive | None = None
+    log_interval_steps: Positive = 10
+
+
+class CorpusConfig(Section):
+    """The texts of a run. `builtin: world` writes the small bilingual world instead of reading files."""
+
+    builtin: Literal["world"] | None = None
+    source: str | tuple[str, ...] | None = None  # jsonl(.gz), txt or parquet files of the source language
+    target: str | tuple[str, ...] | None = None
+    source_language: str = "en"
+    target_language: str = "ja"
+    text_field: str = "text"
+    held_out_fraction: float = Field(default=0.05, gt=0.0, lt=0.5)  # by hash of the document's work
+    held_out_bytes: Positive = 200_000  # at most this much of each language is scored
+    world_documents: Positive = 4000  # documents per language that `builtin: world` writes
+
+
+class BaseModelConfig(Section):
+    """The base Llama: an HF folder, or one trained here on the source text alone."""
+
+    path: str | None = None
+    vocab_size: Positive = 2048  # of the tokenizer trained for a base made here
+    shape: LlamaShape | None = None
+    train: LearnConfig | None = None
+
+
+class TokenizerConfig(Section):
+    """How the base tokenizer is adapted to the target language."""
+
+    method: Literal["extend", "none"] = "extend"
+    num_pieces: Positive = 4096  # pieces of the target-language model that are offered
+    script: Literal["ja", "ko", "de", "any"] = "ja"
+    divisor: Positive = 8  # the extended size is a multiple of this, reached by dropping the last pieces
+
+
+class SurgeryConfig(Section):
+    """How the rows of new pieces are made, for each matrix."""
+
+    embedding: Literal["mean"] = "mean"
+    head: Literal["mean"] = "mean"
+
+
+class AdaptConfig(LearnConfig):
+    """Continued pre-training on the target language with replay of the source language."""
+
+    replay: Fraction = 0.1  # share of source-language samples
+
+
+class RunConfig(Section):
+    """The whole path: base, tokenizer, surgery, data, training, export, report."""
+
+    name: str
+    output: str
+    seed: NonNegative = 1
+    data: CorpusConfig
+    base: BaseModelConfig = BaseModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    surgery: SurgeryConfig = SurgeryConfig()
+    train: AdaptConfig
+    vocab_divisor: Positive = 128
