@@ -1,0 +1,82 @@
+"""The device: the only place that names one.
+
+Everything that differs between CUDA, CPU and other torch backends is a field or a function here;
+the rest of the package asks for `current_device()` and stays silent about what it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16 peak in FLOP/s, as the vendors state it. Used for MFU and nothing else.
+PEAK_BF16_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or the CPU.
+
+    Attributes:
+        type: torch's device type: "cuda", "cpu", or another backend's name.
+        name: the name a person knows it by.
+        backend: torch.distributed backend that serves it.
+        peak_flops: stated dense bf16 peak in FLOP/s, or None where the vendor states none.
+        memory_bytes: memory of one device in bytes, or None when unknown.
+    """
+
+    type: str
+    name: str
+    backend: str
+    peak_flops: float | None
+    memory_bytes: int | None
+
+    def torch_device(self) -> torch.device:
+        """The torch device of this process."""
+        return torch.device(self.type, _local_rank()) if self.type != "cpu" else torch.device("cpu")
+
+    def activate(self) -> None:
+        """Bind this process to its device (no-op on CPU)."""
+        if self.type != "cpu":
+            torch.get_device_module(self.type).set_device(_local_rank())
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what it was given."""
+        if self.type != "cpu":
+            torch.get_device_module(self.type).synchronize()
+
+    def peak_memory_bytes(self) -> int | None:
+        """Largest memory allocated by this process on the device; None on CPU."""
+        if self.type != "cuda":
+            return None
+        return int(torch.cuda.max_memory_allocated())
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+@functools.cache
+def current_device() -> Device:
+    """The device of this process: CUDA where there is one, another accelerator, else the CPU.
+
+    `MEGATRON_CPT_DEVICE=cpu` forces the CPU on a machine that has an accelerator.
+    """
+    forced = os.environ.get("MEGATRON_CPT_DEVICE")
+    if forced != "cpu" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(min(_local_rank(), torch.cuda.device_count() - 1))
+        peak = next((flops for key, flops in PEAK_BF16_FLOPS.items() if key in properties.name), None)
+        return Device("cuda", properties.name, "nccl", peak, properties.total_memory)
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    if forced != "cpu" and accelerator is not None and accelerator.type not in ("cuda", "cpu"):
+        return Device(accelerator.type, accelerator.type, accelerator.type, None, None)
+    return Device("cpu", "CPU", "gloo", None, None)

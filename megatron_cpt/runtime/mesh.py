@@ -1,0 +1,139 @@
+"""The mesh: which rank holds which part of the model and of the data.
+
+`start_mesh` reads the world from torchrun's or Slurm's variables, opens the process groups through
+megatron-core, and returns the plain numbers that everything else works with.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_cpt.config.schema import ParallelConfig
+from megatron_cpt.errors import ConfigError
+from megatron_cpt.runtime.device import current_device
+from megatron_cpt.runtime.engine import install_engine
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the job."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Coordinates of this rank in the TP x PP x DP mesh, and the groups that collectives use."""
+
+    world: World
+    tensor_size: int
+    tensor_rank: int
+    pipeline_size: int
+    pipeline_rank: int
+    virtual_size: int | None
+    data_size: int
+    data_rank: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def layout(self) -> str:
+        """The layout in short, for people: "TP2 x PP2 x DP1"."""
+        virtual = f" x VPP{self.virtual_size}" if self.virtual_size else ""
+        return f"TP{self.tensor_size} x PP{self.pipeline_size}{virtual} x DP{self.data_size}"
+
+
+def world_from_environment() -> World:
+    """Read the world from torchrun's variables, else Slurm's, else be alone.
+
+    Under Slurm without torchrun the rendezvous address must be exported by the batch script
+    (`MASTER_ADDR`, `MASTER_PORT`).
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        if "MASTER_ADDR" not in env:
+            raise ConfigError(
+                "started by Slurm with several tasks but MASTER_ADDR is not set; export it in the batch script: "
+                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1)"
+            )
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0")))
+    return World(0, 1, 0)
+
+
+@contextmanager
+def start_mesh(parallel: ParallelConfig, *, timeout_minutes: float = 30.0) -> Iterator[Mesh]:
+    """Open the process groups of a layout and close them on exit.
+
+    Args:
+        parallel: the layout; its TP x PP must divide the world size.
+        timeout_minutes: after which a collective that never completes fails.
+
+    Raises:
+        ConfigError: the world cannot hold the layout.
+    """
+    world = world_from_environment()
+    model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world.size % model_size:
+        raise ConfigError(
+            f"world of {world.size} processes, but TP {parallel.tensor_model_parallel_size} x "
+            f"PP {parallel.pipeline_model_parallel_size} needs a multiple of {model_size}; "
+            f"start {max(model_size, world.size // model_size * model_size)} processes"
+        )
+    device = current_device()
+    device.activate()
+    install_engine(device.type)
+    from megatron.core import parallel_state
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    store = dist.HashStore() if world.size == 1 else None
+    dist.init_process_group(
+        device.backend,
+        rank=world.rank,
+        world_size=world.size,
+        store=store,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=device.torch_device() if device.type == "cuda" else None,
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        )
+        yield Mesh(
+            world=world,
+            tensor_size=parallel.tensor_model_parallel_size,
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pipeline_size=parallel.pipeline_model_parallel_size,
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            virtual_size=parallel.virtual_pipeline_model_parallel_size,
+            data_size=parallel_state.get_data_parallel_world_size(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+            data_group=parallel_state.get_data_parallel_group(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and megatron-core's per-rank generators (dropout only; data order has its own)."""
+    from megatron.core import tensor_parallel
+
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
