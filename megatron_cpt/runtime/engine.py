@@ -254,3 +254,18 @@ def install_engine(device: str) -> bool:
 
 def _identity_compile(function: Callable[..., Any] | None = None, **_: Any) -> Any:
     return function if function is not None else lambda inner: inner
+
+
+def parallel_state() -> Any:
+    """megatron-core's `parallel_state` module, for the mesh (the engine must be installed)."""
+    from megatron.core import parallel_state as state
+
+    return state
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and the engine's per-rank generators. The order of the data has its own seed."""
+    from megatron.core import tensor_parallel
+
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
-from megatron_cpt.config.schema import ParallelConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.runtime.device import current_device
-from megatron_cpt.runtime.engine import install_engine
+from megatron_cpt.runtime.engine import install_engine, parallel_state
 
 
 @dataclass(frozen=True)
@@ -73,67 +71,60 @@ def world_from_environment() -> World:
 
 
 @contextmanager
-def start_mesh(parallel: ParallelConfig, *, timeout_minutes: float = 30.0) -> Iterator[Mesh]:
+def start_mesh(
+    tensor_size: int = 1, pipeline_size: int = 1, virtual_size: int | None = None, *, timeout_minutes: float = 30.0
+) -> Iterator[Mesh]:
     """Open the process groups of a layout and close them on exit.
 
     Args:
-        parallel: the layout; its TP x PP must divide the world size.
+        tensor_size: ranks that share each matrix.
+        pipeline_size: stages of layers.
+        virtual_size: chunks of layers a stage holds (interleaved schedule), or None.
         timeout_minutes: after which a collective that never completes fails.
 
     Raises:
         ConfigError: the world cannot hold the layout.
     """
     world = world_from_environment()
-    model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    model_size = tensor_size * pipeline_size
     if world.size % model_size:
         raise ConfigError(
-            f"world of {world.size} processes, but TP {parallel.tensor_model_parallel_size} x "
-            f"PP {parallel.pipeline_model_parallel_size} needs a multiple of {model_size}; "
-            f"start {max(model_size, world.size // model_size * model_size)} processes"
+            f"{world.size} processes cannot hold TP {tensor_size} x PP {pipeline_size}, which needs a multiple of "
+            f"{model_size}; start {max(1, world.size // model_size) * model_size} processes"
         )
     device = current_device()
     device.activate()
     install_engine(device.type)
-    from megatron.core import parallel_state
-
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    store = dist.HashStore() if world.size == 1 else None
     dist.init_process_group(
         device.backend,
         rank=world.rank,
         world_size=world.size,
-        store=store,
+        store=dist.HashStore() if world.size == 1 else None,
         timeout=datetime.timedelta(minutes=timeout_minutes),
         device_id=device.torch_device() if device.type == "cuda" else None,
     )
+    state = parallel_state()
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_size,
+            pipeline_model_parallel_size=pipeline_size,
+            virtual_pipeline_model_parallel_size=virtual_size,
         )
         yield Mesh(
             world=world,
-            tensor_size=parallel.tensor_model_parallel_size,
-            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pipeline_size=parallel.pipeline_model_parallel_size,
-            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            virtual_size=parallel.virtual_pipeline_model_parallel_size,
-            data_size=parallel_state.get_data_parallel_world_size(),
-            data_rank=parallel_state.get_data_parallel_rank(),
-            tensor_group=parallel_state.get_tensor_model_parallel_group(),
-            pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-            data_group=parallel_state.get_data_parallel_group(),
+            tensor_size=tensor_size,
+            tensor_rank=state.get_tensor_model_parallel_rank(),
+            pipeline_size=pipeline_size,
+            pipeline_rank=state.get_pipeline_model_parallel_rank(),
+            virtual_size=virtual_size,
+            data_size=state.get_data_parallel_world_size(),
+            data_rank=state.get_data_parallel_rank(),
+            tensor_group=state.get_tensor_model_parallel_group(),
+            pipeline_group=state.get_pipeline_model_parallel_group(),
+            data_group=state.get_data_parallel_group(),
         )
     finally:
-        parallel_state.destroy_model_parallel()
+        state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch and megatron-core's per-rank generators (dropout only; data order has its own)."""
-    from megatron.core import tensor_parallel
-
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
