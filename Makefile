@@ -1,0 +1,36 @@
+# The first suitable interpreter is taken; PYTHON=/path/to/python chooses another.
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo "$$python" && break; done)
+# Installed first where there is no NVIDIA driver; the CPU build wins where pip can see one.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: help setup demo test check clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
+
+setup: $(STAMP) ## make .venv with everything needed (does nothing the second time)
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 was found; install one, or name it with PYTHON=/path/to/python" >&2; exit 2; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: setup ## run the whole path on the built-in bilingual world
+	$(BIN)/megatron-cpt run quickstart
+
+test: setup ## run all tests
+	$(BIN)/python -m pytest
+
+check: setup ## lint, format, types, floors and walls
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/architecture
+
+clean: ## remove everything that the targets above made, except runs/
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis megatron_cpt/data/_native*.so
