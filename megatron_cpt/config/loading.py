@@ -1,0 +1,196 @@
+"""From a recipe or file to a checked configuration that knows where each of its values came from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_cpt.config.layers import SET_ORIGIN, Layers, read_layers
+from megatron_cpt.config.manifest import sha256_json
+from megatron_cpt.config.rules import check_rules
+from megatron_cpt.config.schema import RunConfig, TrainConfig
+from megatron_cpt.errors import ConfigError
+
+Config = TypeVar("Config", bound=BaseModel, covariant=True)
+COMMENT_COLUMN = 56
+TYPE_WORDS = {"array": "a list", "string": "text", "integer": "a whole number", "boolean": "true or false"}
+PLAIN_TEXT = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.+-]*")
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[Config]):
+    """A checked configuration.
+
+    Attributes:
+        config: the values.
+        origins: dotted path of each leaf -> "default", "recipe NAME", "file PATH" or "--set".
+        hash: SHA-256 of the values' canonical JSON; equal values have equal hashes, whatever their origin.
+    """
+
+    config: Config
+    origins: Mapping[str, str]
+    hash: str
+
+    def dump(self) -> str:
+        """The whole configuration as YAML, each value with its origin; loads back to equal values."""
+        return "".join(f"{line}\n" for line in _yaml_lines(self.config.model_dump(mode="json"), self.origins))
+
+
+def load_config(source: str | Path, model: type[Config], overrides: Sequence[str] = ()) -> Resolved[Config]:
+    """Load a recipe or YAML file as `model`.
+
+    Types are JSON's, so `"3"` or `true` is no integer; a list stands for a tuple.
+
+    Args:
+        source: a recipe's name or a file's path; the file may name another one as `extends`.
+        model: `RunConfig` or `TrainConfig`.
+        overrides: `path.to.key=value` each; later ones win.
+
+    Raises:
+        ConfigError: anything unreadable, unknown, out of range or against the rules of `config.rules`,
+            one line for each problem.
+    """
+    return _resolve(read_layers(source, overrides), model)
+
+
+def load_any_config(source: str | Path, overrides: Sequence[str] = ()) -> Resolved[RunConfig] | Resolved[TrainConfig]:
+    """Load a `TrainConfig` when the document has `train_steps` at its top, else a `RunConfig`."""
+    layers = read_layers(source, overrides)
+    return _resolve(layers, TrainConfig) if "train_steps" in layers.tree else _resolve(layers, RunConfig)
+
+
+def _resolve(layers: Layers, model: type[Config]) -> Resolved[Config]:
+    try:
+        config = model.model_validate_json(layers.as_json(), strict=True)
+    except ValidationError as caught:
+        raise ConfigError(_explain(caught, model, layers)) from None
+    if isinstance(config, RunConfig | TrainConfig):
+        check_rules(config, layers.name)
+    values = config.model_dump(mode="json")
+    origins = {".".join(path): layers.origin_of(path) for path, _ in _leaves(values, ())}
+    return Resolved(config, origins, sha256_json(values))
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for place, inner in enumerate(value):
+            yield from _leaves(inner, (*path, str(place)))
+    else:
+        yield path, value
+
+
+def _explain(caught: ValidationError, model: type[BaseModel], layers: Layers) -> str:
+    problems: dict[str, str] = {}
+    for error in caught.errors(include_url=False):
+        path, section = _place(model, error["loc"])
+        name = ".".join(path)
+        line = _problem(error, path, section, model, layers)
+        # Each member of a union reports its own failure: one line says them all.
+        if name in problems and problems[name] != line:
+            line = f"{problems[name].rpartition(';')[0]}, or {_expected(error)};{line.rpartition(';')[2]}"
+        problems[name] = line
+    header = f"{layers.name} has {len(problems)} problems:\n  " if len(problems) > 1 else ""
+    return header + "\n  ".join(problems.values())
+
+
+def _problem(
+    error: ErrorDetails, path: list[str], section: type[BaseModel], model: type[BaseModel], layers: Layers
+) -> str:
+    name = ".".join(path) or layers.name
+    origin = layers.origin_of(path)
+    if error["type"] == "missing":
+        return f"{name}: got nothing, expected a value; add it to the file or give --set {name}=VALUE"
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown key (from {origin}); {_nearest(path, section, model)}"
+    got = json.dumps(error["input"], ensure_ascii=False, default=str)
+    got = got if len(got) <= 80 else f"{got[:77]}..."
+    fix = "change the --set" if origin == SET_ORIGIN else f"change it in {origin} or give --set {name}=VALUE"
+    return f"{name}: got {got}, expected {_expected(error)}; {fix}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    if error["type"] == "model_type":
+        return "keys with values"
+    text = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    text = TYPE_WORDS.get(text, text)
+    return f"a number {text}" if text.startswith(("greater", "less")) else text
+
+
+def _place(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The configuration's path of an error, and the section that its last name was looked up in."""
+    path: list[str] = []
+    holder: type[BaseModel] = model
+    section: type[BaseModel] | None = model
+    for part in loc:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif section is None:
+            break  # pydantic's name for a member of a union: not a key
+        else:
+            path.append(part)
+            holder = section
+            known = section.model_fields.get(part)
+            section = _section_in(known.annotation) if known else None
+    return path, holder
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+
+
+def _nearest(path: list[str], section: type[BaseModel], model: type[BaseModel]) -> str:
+    """What an unknown key may have meant: a neighbour, else the same name elsewhere, else the choice."""
+    prefix = ".".join([*path[:-1], ""])
+    near = difflib.get_close_matches(path[-1], section.model_fields, n=1)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    everywhere = list(_key_paths(model, ""))
+    near = difflib.get_close_matches(path[-1], [name.rpartition(".")[2] for name in everywhere], n=1, cutoff=0.8)
+    if near:
+        places = [name for name in everywhere if name.rpartition(".")[2] == near[0]]
+        return f"did you mean {' or '.join(places[:3])}?"
+    return f"expected one of {', '.join(section.model_fields)}; remove it"
+
+
+def _key_paths(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, known in model.model_fields.items():
+        yield f"{prefix}{name}"
+        section = _section_in(known.annotation)
+        if section is not None:
+            yield from _key_paths(section, f"{prefix}{name}.")
+
+
+def _yaml_lines(value: Any, origins: Mapping[str, str], path: tuple[str, ...] = ()) -> Iterator[str]:
+    indent = "  " * len(path)
+    keys = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in keys:
+        here = (*path, str(key))
+        head = f"{indent}{key}:" if isinstance(value, dict) else f"{indent}-"
+        origin = origins.get(".".join(here))
+        if origin is None:
+            yield head
+            yield from _yaml_lines(inner, origins, here)
+        else:
+            yield f"{f'{head} {_scalar(inner)}':<{COMMENT_COLUMN}}  # {origin}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str):
+        plain = PLAIN_TEXT.fullmatch(value) and value.lower() not in ("true", "false", "null")
+        return value if plain else json.dumps(value, ensure_ascii=not value.isprintable())
+    if isinstance(value, list):
+        return f"[{', '.join(_scalar(item) for item in value)}]"
+    return json.dumps(value)

@@ -1,0 +1,70 @@
+"""Rules between settings, which no single field can state. Those of a layout are in `planning.layout`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_cpt.config.schema import LearnConfig, LlamaShape, RunConfig, TrainConfig
+from megatron_cpt.errors import ConfigError
+
+
+def check_rules(config: RunConfig | TrainConfig, name: str) -> None:
+    """Check what several settings mean together.
+
+    Raises:
+        ConfigError: one line for each broken rule, `name` being the document's.
+    """
+    problems = list(_run_problems(config) if isinstance(config, RunConfig) else _train_problems(config))
+    if problems:
+        header = f"{name} has {len(problems)} problems:\n  " if len(problems) > 1 else ""
+        raise ConfigError(header + "\n  ".join(problems))
+
+
+def _run_problems(config: RunConfig) -> Iterator[str]:
+    data, base = config.data, config.base
+    if data.builtin is not None and (data.source is not None or data.target is not None):
+        yield "data: got builtin and also source or target, expected one of the two ways; set data.builtin=null"
+    if data.builtin is None and (data.source is None or data.target is None):
+        missing = [name for name in ("source", "target") if getattr(data, name) is None]
+        wanted = " and ".join(f"--set data.{name}=FILE" for name in missing)
+        yield f"data: got no {' and no '.join(missing)} text; give {wanted}, or --set data.builtin=world"
+    if data.source_language == data.target_language:
+        yield f"data: source_language and target_language are both {data.source_language!r}; expected two languages"
+    if base.path is None and (base.shape is None or base.train is None):
+        yield "base: got neither a path nor both shape and train; give --set base.path=HF_FOLDER, or shape and train"
+    if base.path is not None and (base.shape is not None or base.train is not None):
+        yield (
+            "base: got a path and also shape or train, expected one of the two ways; "
+            "give --set base.shape=null --set base.train=null"
+        )
+    if base.train is not None:
+        yield from _learn_problems("base.train", base.train, base.shape)
+    yield from _learn_problems("train", config.train, base.shape)
+
+
+def _train_problems(config: TrainConfig) -> Iterator[str]:
+    if config.shape is None and config.initial_checkpoint is None:
+        yield "shape: got neither a shape nor an initial_checkpoint; give one of them"
+    if not config.data.train:
+        yield "data.train: got no dataset, expected at least one {prefix, language, weight}"
+    yield from _learn_problems("", config, config.shape)
+
+
+def _learn_problems(path: str, learn: LearnConfig | TrainConfig, shape: LlamaShape | None) -> Iterator[str]:
+    prefix = f"{path}." if path else ""
+    optimizer = learn.optimizer
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield (
+            f"{prefix}optimizer.min_learning_rate: got {optimizer.min_learning_rate:g}, expected at most "
+            f"{prefix}optimizer.learning_rate = {optimizer.learning_rate:g}; lower it"
+        )
+    if optimizer.warmup_steps > learn.train_steps:
+        yield (
+            f"{prefix}optimizer.warmup_steps: got {optimizer.warmup_steps}, expected at most "
+            f"{prefix}train_steps = {learn.train_steps}; lower it"
+        )
+    if shape is not None and learn.batch.seq_length > shape.max_position_embeddings:
+        yield (
+            f"{prefix}batch.seq_length: got {learn.batch.seq_length}, expected at most the shape's "
+            f"max_position_embeddings = {shape.max_position_embeddings}; change one of them"
+        )
