@@ -65,8 +65,8 @@ def split_held_out(documents: Iterable[Document], fraction: float) -> tuple[list
     if not sides[0] or not sides[1]:
         works = len({work_of(document) for side in sides for document in side})
         raise DataError(
-            f"holding out {fraction:g} of {works} works leaves the {'held-out' if sides[0] else 'training'} side empty; "
-            "give more works (documents with one id before '#' are one work) or another fraction"
+            f"holding out {fraction:g} of {works} works leaves the {'held-out' if sides[0] else 'training'} side "
+            "empty; give more works (documents with one id before '#' are one work) or another fraction"
         )
     return sides
 
@@ -149,7 +149,8 @@ def _lines(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, str]]:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as caught:
             raise DataError(
-                f"{path}:{number}: not valid UTF-8 ({caught.reason} at byte {caught.start} of the line); convert the file first"
+                f"{path}:{number}: not valid UTF-8 ({caught.reason} at byte {caught.start} of the line); "
+                "convert the file first"
             ) from None
 
 
