@@ -1,0 +1,32 @@
+"""What a job costs and whether it fits: pure arithmetic, no torch.
+
+Letters as in docs/conventions.md: D hidden, H heads, G groups, K head size, F FFN, V vocabulary,
+P padded vocabulary, S sequence, B micro-batch, N = B * S.
+"""
+
+from megatron_cpt.planning.flops import attention_flops_per_token, flops_per_token
+from megatron_cpt.planning.job import plan_job
+from megatron_cpt.planning.layout import Layout, check_layout, pipeline_layout_string, split_layers
+from megatron_cpt.planning.memory import RankMemory, estimate_memory
+from megatron_cpt.planning.parameters import (
+    ParameterCount,
+    count_parameters,
+    padded_vocab_size,
+    rank_parameters,
+)
+
+__all__ = [
+    "Layout",
+    "ParameterCount",
+    "RankMemory",
+    "attention_flops_per_token",
+    "check_layout",
+    "count_parameters",
+    "estimate_memory",
+    "flops_per_token",
+    "padded_vocab_size",
+    "pipeline_layout_string",
+    "plan_job",
+    "rank_parameters",
+    "split_layers",
+]
