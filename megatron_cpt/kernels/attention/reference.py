@@ -1,0 +1,116 @@
+"""Attention over packed documents in plain torch: a few batched calls of scaled_dot_product_attention.
+
+Documents of a like length become the rows of one batch, filled up at their ends by repeating their last token.
+Under a causal mask no token looks at what follows it, so the filling needs no mask: every call is the plain
+causal one, which has a fused kernel on every device and keeps no N x N matrix.
+
+Shape letters: N tokens, H query heads, G key-value groups, K head size; R rows (documents) and W width of a
+batch, C = sum of R * W cells of all batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from megatron_cpt.kernels.attention.op import Boundaries
+
+# A batch takes documents down to 1 / 1.5 of its longest: about 1.2 cells a token on mixed lengths, and at most
+# 15 batches from 4096 tokens to 16, below which a document costs less than a call of its own.
+_LENGTH_RATIO = 1.5
+_SHORT_TOKENS = 16
+
+
+def attention(
+    query_NHK: Tensor,
+    key_NGK: Tensor,
+    value_NGK: Tensor,
+    cu_seqlens: Boundaries,
+    max_seqlen: int | None,
+    scale: float,
+) -> Tensor:
+    """Returns causal attention inside each document [N, H, K]; see `op.attention`."""
+    layout = _lay_out(tuple(cu_seqlens.tolist()), query_NHK.shape[0], query_NHK.device)
+    query, key, value = (_gather(tensor, layout.token_of_cell_C) for tensor in (query_NHK, key_NGK, value_NGK))
+    outputs = []
+    start = 0
+    for rows, width in layout.batches:
+        cells = slice(start, start + rows * width)
+        outputs.append(_attend(query[cells], key[cells], value[cells], rows, width, scale))
+        start = cells.stop
+    if not outputs:
+        return torch.zeros_like(query_NHK)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _gather(output, layout.cell_of_token_N)
+
+
+def _attend(query_CHK: Tensor, key_CGK: Tensor, value_CGK: Tensor, rows: int, width: int, scale: float) -> Tensor:
+    query, key, value = (
+        tensor.unflatten(0, (rows, width)).transpose(1, 2) for tensor in (query_CHK, key_CGK, value_CGK)
+    )
+    grouped = query.shape[1] != key.shape[1]
+    output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+def _gather(tensor: Tensor, index: Tensor | None) -> Tensor:
+    return tensor if index is None else tensor.index_select(0, index)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Batches of (R, W) whose cells follow each other; no indices where the cells are the tokens in order."""
+
+    batches: tuple[tuple[int, int], ...]
+    token_of_cell_C: Tensor | None = None
+    cell_of_token_N: Tensor | None = None
+
+
+# All layers of a model ask for the same few layouts; the cache spares them the work and the upload. What an
+# evaluation in inference mode leaves there must serve training too, so the indices are ordinary tensors.
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _lay_out(boundaries: tuple[int, ...], num_tokens: int, device: torch.device) -> _Layout:
+    ordered = all(start <= stop for start, stop in pairwise(boundaries))
+    if not boundaries or boundaries[0] != 0 or boundaries[-1] != num_tokens or not ordered:
+        raise ValueError(
+            f"attention: got cu_seqlens from {boundaries[:1]} to {boundaries[-1:]} for {num_tokens} tokens; "
+            "expected 0, the further document starts in order, and the number of tokens"
+        )
+    documents = [(stop - start, start) for start, stop in pairwise(boundaries) if stop > start]
+    if len({length for length, _ in documents}) <= 1:
+        return _Layout(tuple((len(documents), length) for length, _ in documents[:1]))
+    batches = _group_by_length(documents)
+    token_of_cell = []
+    cell_of_token_N = torch.empty(num_tokens, dtype=torch.int64)
+    num_cells = 0
+    for batch in batches:
+        lengths_R1, starts_R1 = torch.tensor(batch).T.unsqueeze(-1)
+        columns_W = torch.arange(batch[0][0])
+        tokens_RW = starts_R1 + torch.minimum(columns_W, lengths_R1 - 1)
+        cells_RW = torch.arange(num_cells, num_cells + tokens_RW.numel()).view_as(tokens_RW)
+        inside_RW = columns_W < lengths_R1
+        cell_of_token_N[tokens_RW[inside_RW]] = cells_RW[inside_RW]
+        token_of_cell.append(tokens_RW.flatten())
+        num_cells += tokens_RW.numel()
+    shapes = tuple((len(batch), batch[0][0]) for batch in batches)
+    return _Layout(shapes, torch.cat(token_of_cell).to(device), cell_of_token_N.to(device))
+
+
+def _group_by_length(documents: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Groups documents (length, start) of a like length, longest first."""
+    groups: list[list[tuple[int, int]]] = []
+    for document in sorted(documents, reverse=True):
+        longest = groups[-1][0][0] if groups else 0
+        if groups and (document[0] * _LENGTH_RATIO >= longest or longest <= _SHORT_TOKENS):
+            groups[-1].append(document)
+        else:
+            groups.append([document])
+    return groups

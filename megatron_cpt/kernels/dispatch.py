@@ -1,0 +1,108 @@
+"""Which implementation of an op runs: by name, or the first that can run here.
+
+Every op registers its implementations, fastest first. An implementation states by `supports` whether
+it can run under given facts; nothing falls back silently. The facts an op gives are
+`device` (`torch.device.type`, as "cpu") and `dtype` (`torch.dtype`), and where they matter `head_size`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_cpt.errors import KernelUnsupported
+
+AUTO = "auto"
+
+
+class Supports(Protocol):
+    """None where the implementation can run under the facts, else the reason why it cannot.
+
+    A fact may be missing (`explain` asks before any tensor exists); a missing fact is no obstacle.
+    """
+
+    def __call__(self, **facts: object) -> str | None:
+        """Returns the reason, as a phrase, or None."""
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    name: str
+    function: Callable[..., Any]
+    supports: Supports
+
+
+class Registry:
+    """The implementations of each op, in the order in which "auto" tries them."""
+
+    def __init__(self) -> None:
+        self._ops: dict[str, list[_Implementation]] = {}
+
+    def register(self, op: str, name: str, function: Callable[..., Any], supports: Supports) -> None:
+        """Adds an implementation behind those that `op` already has.
+
+        Raises:
+            ValueError: the op has one of this name already, or the name is "auto".
+        """
+        implementations = self._ops.setdefault(op, [])
+        if name == AUTO or any(other.name == name for other in implementations):
+            raise ValueError(f"{op}: an implementation cannot be named {name!r}: the name is taken")
+        implementations.append(_Implementation(name, function, supports))
+
+    def choose(self, op: str, implementation: str = AUTO, **facts: object) -> Callable[..., Any]:
+        """Returns the function to call for `op`.
+
+        Args:
+            op: name of the op.
+            implementation: "auto" for the first that supports the facts, or the name of one.
+            facts: what the call is about; see the head of this module.
+
+        Raises:
+            KernelUnsupported: no implementation has this name, the named one cannot run under the facts,
+                or none can. The message holds the reasons.
+        """
+        implementations = self._ops.get(op)
+        if not implementations:
+            raise ValueError(f"no op is called {op!r}; there are {sorted(self._ops)}")
+        names = [candidate.name for candidate in implementations]
+        if implementation != AUTO and implementation not in names:
+            raise KernelUnsupported(f"{op}: got implementation {implementation!r}; use one of {[AUTO, *names]}")
+        reasons = []
+        for candidate in implementations:
+            if implementation not in (AUTO, candidate.name):
+                continue
+            reason = candidate.supports(**facts)
+            if reason is None:
+                return candidate.function
+            reasons.append(f"{candidate.name!r} cannot run here: {reason}")
+        advice = "" if implementation == AUTO else f"; use {AUTO!r} to let the op choose"
+        raise KernelUnsupported(f"{op}: {'; '.join(reasons)}{advice}")
+
+    def explain(self, **facts: object) -> list[dict[str, Any]]:
+        """Returns one row for each implementation: op, implementation, supported, reason.
+
+        The rows of an op stand in the order in which "auto" tries them; `reason` is a phrase in every row.
+        """
+        rows: list[dict[str, Any]] = []
+        for op, implementations in sorted(self._ops.items()):
+            chosen: str | None = None
+            for candidate in implementations:
+                reason = candidate.supports(**facts)
+                supported = reason is None
+                if reason is None:
+                    reason = f"runs here; {AUTO!r} takes {chosen or 'it'}"
+                    chosen = chosen or candidate.name
+                rows.append({"op": op, "implementation": candidate.name, "supported": supported, "reason": reason})
+        return rows
+
+
+_REGISTRY = Registry()
+register = _REGISTRY.register
+choose = _REGISTRY.choose
+explain = _REGISTRY.explain
+
+
+def anywhere(**_facts: object) -> None:
+    """The `supports` of a plain torch implementation: every device and every floating dtype."""
+    return None
