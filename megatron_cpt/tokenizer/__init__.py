@@ -1,7 +1,31 @@
-"""Tokenizers: read, train and extend them, and prove what was made."""
+"""Tokenizers: read, train and extend them, and prove what was made.
+
+The way through: `loading` reads any tokenizer; `training` and `extending` make SentencePiece models,
+whose bytes `model_file` knows and whose Hugging Face files `hf_files` writes; `vocab_map` says where each
+new id comes from; `report` measures and verifies.
+"""
 
 from __future__ import annotations
 
+from megatron_cpt.tokenizer.extending import ExtendReport, extend_tokenizer
 from megatron_cpt.tokenizer.loading import Tokenizer, load_tokenizer
+from megatron_cpt.tokenizer.report import fast_slow_mismatches, measure, source_lines_changed, verify_tokenizer
+from megatron_cpt.tokenizer.scripts import SCRIPTS
+from megatron_cpt.tokenizer.training import TrainReport, train_tokenizer
+from megatron_cpt.tokenizer.vocab_map import Entry, VocabMap
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = [
+    "SCRIPTS",
+    "Entry",
+    "ExtendReport",
+    "Tokenizer",
+    "TrainReport",
+    "VocabMap",
+    "extend_tokenizer",
+    "fast_slow_mismatches",
+    "load_tokenizer",
+    "measure",
+    "source_lines_changed",
+    "train_tokenizer",
+    "verify_tokenizer",
+]

@@ -80,6 +80,14 @@ class ModelFile:
         return self.data + b"".join(map(_piece_record, pieces))
 
 
+def without_prefix(data: bytes) -> bytes:
+    """The same model without the dummy prefix: it cuts a piece's surface as it stands inside a text.
+
+    A later record of the same message overrides the fields it names.
+    """
+    return data + b"\x1a\x04\x18\x00\x20\x00"  # normalizer_spec: add_dummy_prefix and remove_extra_whitespaces false
+
+
 _RULE_FIELDS = {
     20: "max_piece_length",
     21: "split_by_unicode_script",

@@ -51,14 +51,14 @@ class VocabMap:
 
     def __post_init__(self) -> None:
         if len(self.entries) != self.new_size:
-            raise TokenizerError(f"the vocabulary map has {len(self.entries)} entries for {self.new_size} ids: it is damaged")
+            raise TokenizerError(f"the map has {len(self.entries)} entries for {self.new_size} ids: it is damaged")
         for id, entry in enumerate(self.entries):
             if entry.origin not in get_args(Origin):
                 raise TokenizerError(f"id {id} of the vocabulary map has the unknown origin {entry.origin!r}")
             sources = entry.old_pieces if entry.origin == "new" else (entry.old_id,)
             if not sources or not all(type(old) is int and 0 <= old < self.old_size for old in sources):
                 raise TokenizerError(
-                    f"id {id} of the vocabulary map comes from {list(sources)}, expected ids from 0 to {self.old_size - 1}"
+                    f"id {id} of the vocabulary map comes from {list(sources)}, expected ids below {self.old_size}"
                 )
 
     @classmethod
