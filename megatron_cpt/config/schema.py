@@ -49,7 +49,10 @@ class LlamaShape(Section):
 
 
 class ParallelConfig(Section):
-    """How one model is laid over the ranks. Data parallelism is what is left of the world."""
+    """How one model is laid over the ranks. Data parallelism is what is left of the world.
+
+    The optimizer's state is always sharded over the data-parallel ranks.
+    """
 
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
@@ -58,7 +61,6 @@ class ParallelConfig(Section):
     # Layers of each stage in pipeline order (virtual stages: chunk 0 of every rank, then chunk 1, ...).
     # None: even, or as even as the cost of the head allows when the layers do not divide.
     num_layers_per_stage: tuple[NonNegative, ...] | None = None
-    distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     overlap_p2p: bool = False

@@ -1,0 +1,46 @@
+"""`megatron-cpt train`: one training job from a configuration."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption
+
+app = typer.Typer(help="Train one job, starting its processes where nobody else did.")
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="YAML file of a training job.")],
+    nproc: Annotated[int, typer.Option(help="Processes to start on this machine (not under torchrun or Slurm).")] = 1,
+    overrides: SetOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, or resume the job that its output folder holds.
+
+    Under torchrun or Slurm this process is one rank; otherwise --nproc ranks are started here.
+    """
+    from megatron_cpt.cli.plan import show_plan
+    from megatron_cpt.config.loading import load_config
+    from megatron_cpt.config.schema import TrainConfig
+
+    resolved = load_config(config, TrainConfig, overrides or [])
+    if dry_run:
+        show_plan(resolved, nproc, as_json)
+        return
+    from megatron_cpt.training.job import prepare, run_job
+
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        from megatron_cpt.runtime.device import current_device
+        from megatron_cpt.runtime.engine import install_engine
+
+        install_engine(current_device().type)
+        from megatron_cpt.training.loop import train as train_rank
+
+        train_rank(prepare(resolved.config))
+        return
+    print(run_job(resolved.config, nproc))

@@ -1,0 +1,339 @@
+"""The training job: prepare, then one step after another until the last is saved."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from megatron_cpt.checkpoint import read_checkpoint_manifest
+from megatron_cpt.config.schema import LlamaShape, TrainConfig
+from megatron_cpt.data import IndexedDataset, SamplePlan, batch, validation_windows
+from megatron_cpt.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megatron_cpt.model.llama import build_model, engine_config
+from megatron_cpt.planning.flops import flops_per_token
+from megatron_cpt.planning.layout import Layout, check_layout
+from megatron_cpt.runtime.device import current_device
+from megatron_cpt.runtime.engine import seed_everything
+from megatron_cpt.runtime.mesh import Mesh, start_mesh, world_from_environment
+from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.training.metrics import MetricsLog
+from megatron_cpt.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from megatron_cpt.training.state import (
+    claim_run_folder,
+    load_weights,
+    lock_run_folder,
+    resume,
+    run_identity,
+    save_checkpoint,
+)
+from megatron_cpt.training.step import MicroBatch, StepSums, full_logits, run_schedule, to_device
+
+PROOF_POSITIONS = 128  # positions whose logits are kept, evenly spaced, the first and the last included
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a job reads, checked against each other before a process group is opened."""
+
+    tokenizer: Tokenizer
+    initial: Path
+    manifest: dict[str, Any]
+    shape: LlamaShape
+    plan: SamplePlan
+    validation: dict[str, IndexedDataset]
+
+
+def train(config: TrainConfig) -> None:
+    """Run the job of this process: one rank of the world.
+
+    Raises:
+        InputError: something does not fit; nothing was written.
+        TrainingError: the loss stopped being a number.
+    """
+    inputs = read_inputs(config)
+    world = world_from_environment()
+    parallel = config.parallel
+    divisor = math.lcm(config.vocab_divisor, parallel.tensor_model_parallel_size)
+    layout = check_layout(inputs.shape, inputs.tokenizer.vocab_size, divisor, parallel, config.batch, world.size)
+    with start_mesh(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    ) as mesh:
+        seed_everything(config.seed)
+        Trainer(config, inputs, layout, mesh).run()
+
+
+def read_inputs(config: TrainConfig) -> Inputs:
+    """Open tokenizer, initial checkpoint and datasets, and refuse what does not belong together."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.initial_checkpoint is None:
+        raise ConfigError("initial_checkpoint is not set; give a torch_dist folder (`checkpoint convert` makes one)")
+    initial = Path(config.initial_checkpoint)
+    manifest = read_checkpoint_manifest(initial)
+    if manifest["vocab_size"] != tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{initial} has {manifest['vocab_size']} vocabulary rows but the tokenizer {tokenizer.path} has "
+            f"{tokenizer.vocab_size} pieces; they are not of the same model: run surgery first, or give its tokenizer"
+        )
+    if manifest["tokenizer_sha256"] not in (None, tokenizer.sha256):
+        raise CheckpointError(
+            f"{initial} was made for another tokenizer (SHA-256 {manifest['tokenizer_sha256'][:12]}...) than "
+            f"{tokenizer.path} ({tokenizer.sha256[:12]}...), though their sizes agree; give the tokenizer it was made for"
+        )
+    seq_length = config.batch.seq_length
+    sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]
+    return Inputs(
+        tokenizer,
+        initial,
+        manifest,
+        manifest["shape"],
+        SamplePlan(sources, seq_length, config.seed),
+        {source.language: _open(source.prefix, tokenizer) for source in config.data.validation},
+    )
+
+
+def _open(prefix: str, tokenizer: Tokenizer) -> IndexedDataset:
+    dataset = IndexedDataset(prefix)
+    if dataset.manifest["tokenizer_sha256"] != tokenizer.sha256:
+        raise DataError(
+            f"{prefix} was built with another tokenizer (SHA-256 {dataset.manifest['tokenizer_sha256'][:12]}...) than "
+            f"{tokenizer.path} ({tokenizer.sha256[:12]}...); build it again with `data build --tokenizer`"
+        )
+    return dataset
+
+
+class Trainer:
+    """One rank of a training job."""
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, layout: Layout, mesh: Mesh) -> None:
+        self.config, self.inputs, self.mesh = config, inputs, mesh
+        self.output = Path(config.output)
+        self.is_main = mesh.world.rank == 0
+        manifest = inputs.manifest
+        self.engine = engine_config(
+            inputs.shape, manifest["vocab_size"], layout, config.parallel, config.kernels, config.precision
+        )
+        chunks = build_model(self.engine, inputs.shape, layout.padded_vocab_size, mesh)
+        self.model = [self._distribute(chunk, index) for index, chunk in enumerate(chunks)]
+        self.optimizer = build_optimizer(config.optimizer, self.model, config.precision)
+        self._connect_engine()
+        self.facts = {
+            "vocab_size": manifest["vocab_size"],
+            "padded_vocab_size": layout.padded_vocab_size,
+            "tokenizer_sha256": inputs.tokenizer.sha256,
+            "inputs": {"data_order": inputs.plan.state_hash},
+        }
+        self.micro_batches_per_step = layout.num_micro_batches
+
+    def _distribute(self, chunk: torch.nn.Module, index: int) -> DistributedDataParallel:
+        parallel = self.config.parallel
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
+        return DistributedDataParallel(self.engine, settings, chunk, disable_bucketing=index > 0)
+
+    def _connect_engine(self) -> None:
+        self.engine.finalize_model_grads_func = finalize_model_grads
+        self.engine.grad_scale_func = self.optimizer.scale_loss
+        if self.config.parallel.overlap_grad_reduce:
+            functions = [chunk.no_sync for chunk in self.model]
+            self.engine.no_sync_func = functions if len(functions) > 1 else functions[0]
+
+    def run(self) -> None:
+        """Load or resume, then train to the last step; every rank runs it."""
+        config = self.config
+        with self._run_folder():
+            step = resume(self.model, self.optimizer, self.output)
+            if step == 0:
+                load_weights(self.model, self.optimizer, self.inputs.initial)
+            if step >= config.train_steps:
+                if self.is_main:
+                    print(f"{self.output}: all {step} steps are done already", flush=True)
+                return
+            log = MetricsLog(self.output, config.train_steps, step) if self.is_main else None
+            try:
+                self._train(step, log)
+            finally:
+                if log:
+                    log.close()
+
+    @contextmanager
+    def _run_folder(self) -> Iterator[None]:
+        """Rank 0 holds the lock and checks the identity; its refusal is everybody's."""
+        failure: list[Exception | None] = [None]
+        lock = lock_run_folder(self.output)
+        if self.is_main:
+            try:
+                lock.__enter__()
+                claim_run_folder(self.output, run_identity(self.config, self.inputs.plan.state_hash))
+            except ConfigError as caught:
+                failure = [caught]
+        torch.distributed.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
+        try:
+            yield
+        finally:
+            if self.is_main:
+                lock.__exit__(None, None, None)
+
+    def _train(self, step: int, log: MetricsLog | None) -> None:
+        config = self.config
+        meter = _Meter(self)
+        if step == 0:
+            self._validate(step, log)
+        while step < config.train_steps:
+            record = self._step(step)
+            step += 1
+            meter.add()
+            last = step == config.train_steps
+            if log and (last or step % config.log_interval_steps == 0):
+                log.training({"step": step, **record, **meter.read(step)})
+            if last or (config.eval_interval_steps and step % config.eval_interval_steps == 0):
+                with meter.paused():
+                    self._validate(step, log)
+            if last or (config.checkpoint.save_interval_steps and step % config.checkpoint.save_interval_steps == 0):
+                with meter.paused(), self._whole_parameters():
+                    self._save(step)
+
+    def _save(self, step: int) -> None:
+        """Save a checkpoint, with the model's own logits beside it as the proof for every export."""
+        for chunk in self.model:
+            chunk.eval()
+        tokens_N = torch.from_numpy(self.inputs.plan.sample(0).tokens[: self.config.batch.seq_length])
+        logits_NV = full_logits(self.model, self.mesh, tokens_N)
+        for chunk in self.model:
+            chunk.train()
+        proof = None
+        if logits_NV is not None and self.mesh.tensor_rank == 0 and self.mesh.data_rank == 0:
+            positions = torch.linspace(0, len(tokens_N) - 1, min(len(tokens_N), PROOF_POSITIONS)).round().long()
+            proof = {"tokens": tokens_N, "positions": positions, "logits": logits_NV[positions].contiguous()}
+        save_checkpoint(self.model, self.optimizer, step, self.config, self.facts, self.inputs.shape, proof)
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One update; returns what is logged of it."""
+        config = self.config
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        micro_batches = [self._micro_batch(step, index) for index in range(self.micro_batches_per_step)]
+        sums = run_schedule(self.model, self.mesh, micro_batches, len(self.inputs.plan.languages), forward_only=False)
+        if not math.isfinite(sums.loss):
+            raise TrainingError(
+                f"the loss of step {step + 1} is {sums.loss}; no update was made and {self.output}/checkpoints holds "
+                "the last good state: lower the learning rate, or look at the samples of this step"
+            )
+        rate = learning_rate(config.optimizer, step, config.train_steps)
+        set_learning_rate(self.optimizer, rate)
+        _, grad_norm, _ = self.optimizer.step()
+        return {
+            "loss": sums.loss,
+            "learning_rate": rate,
+            "grad_norm": float(grad_norm),
+            "train_bits_per_byte": self._bits_per_byte(sums),
+        }
+
+    def _micro_batch(self, step: int, index: int) -> MicroBatch:
+        """Micro-batch `index` of this rank: the samples a step sees do not depend on the layout."""
+        size, mesh = self.config.batch.micro_batch_size, self.mesh
+        first = step * self.config.batch.global_batch_size + (index * mesh.data_size + mesh.data_rank) * size
+        return to_device(batch(self.inputs.plan, range(first, first + size)))
+
+    def _bits_per_byte(self, sums: StepSums) -> dict[str, float]:
+        """Training loss of each source in bits per byte, its bytes per token taken from the manifest."""
+        found = {}
+        for index, language in enumerate(self.inputs.plan.languages):
+            if sums.tokens[index]:
+                num_bytes = sums.tokens[index] * self.inputs.plan.datasets[index].manifest["bytes_per_token"]
+                found[language] = float(sums.nats[index] / math.log(2) / num_bytes)
+        return found
+
+    @contextmanager
+    def _whole_parameters(self) -> Iterator[None]:
+        """With overlapped parameter gathers, complete the gather of the last update before others read."""
+        overlap = self.config.parallel.overlap_param_gather
+        for chunk in self.model if overlap else ():
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in self.model if overlap else ():
+            chunk.enable_forward_pre_hook()
+
+    def _validate(self, step: int, log: MetricsLog | None) -> None:
+        """Score every held-out set in bits per byte; text tokens alone count, not EOS."""
+        scores = {}
+        for chunk in self.model:
+            chunk.eval()
+        with self._whole_parameters():
+            for language, dataset in self.inputs.validation.items():
+                sums = self._score(dataset)
+                scores[language] = {
+                    "bits_per_byte": float(sums.nats.sum() / math.log(2) / dataset.manifest["text_bytes"]),
+                    "nats_per_token": sums.loss,
+                    "tokens": int(sums.tokens.sum()),
+                }
+        for chunk in self.model:
+            chunk.train()
+        if log and scores:
+            log.validation(step, scores)
+
+    def _score(self, dataset: IndexedDataset) -> StepSums:
+        size, mesh = self.config.batch.micro_batch_size, self.mesh
+        windows = validation_windows(dataset, self.config.batch.seq_length)
+        per_round = size * mesh.data_size
+        rounds = -(-len(windows) // per_round)
+        if mesh.virtual_size:  # the interleaved schedule takes multiples of the pipeline's size
+            rounds = -(-rounds // mesh.pipeline_size) * mesh.pipeline_size
+        firsts = [(index * mesh.data_size + mesh.data_rank) * size for index in range(rounds)]
+        eos = self.inputs.tokenizer.eos_id
+        mine = [to_device(batch(windows, range(first, first + size)), ignored_label=eos) for first in firsts]
+        with torch.no_grad():
+            return run_schedule(self.model, mesh, mine, 1, forward_only=True)
+
+
+class _Meter:
+    """Throughput over the steps since the last reading; pauses do not count."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        config, plan = trainer.config, trainer.inputs.plan
+        self.tokens_per_step = config.batch.global_batch_size * config.batch.seq_length
+        self.bytes_per_token = plan.bytes_per_token
+        self.flops_per_token = flops_per_token(
+            trainer.inputs.shape, trainer.inputs.manifest["vocab_size"], config.batch.seq_length
+        )
+        peak = current_device().peak_flops
+        self.peak_flops = peak * trainer.mesh.world.size if peak else None
+        self.steps, self.since, self.left_out = 0, time.perf_counter(), 0.0
+
+    def add(self) -> None:
+        self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.left_out += time.perf_counter() - begun
+
+    def read(self, step: int) -> dict[str, Any]:
+        """Figures since the last reading."""
+        current_device().synchronize()
+        now = time.perf_counter()
+        rate = self.steps * self.tokens_per_step / (now - self.since - self.left_out)
+        self.steps, self.since, self.left_out = 0, now, 0.0
+        return {
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": rate,
+            "bytes_per_second": rate * self.bytes_per_token,
+            "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+        }
