@@ -1,0 +1,86 @@
+"""What the verbs share: options, progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change one value of the configuration; may be repeated."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")]
+
+LINE_INTERVAL_SECONDS = 30.0  # between progress lines where stderr is a file
+
+
+def emit(value: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], RenderableType]) -> None:
+    """Print a result on stdout: as JSON, or as what `render` makes of it for a person."""
+    if as_json:
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+    else:
+        # Text in a file or pipe is read by programs: it must not be cut at a guessed width.
+        Console(width=None if sys.stdout.isatty() else 200).print(render(value))
+
+
+@contextlib.contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show the progress of long work on stderr, with the time that is left.
+
+    A bar on a terminal; elsewhere one line every half minute, and none for work shorter than that.
+
+    Yields:
+        A function to call with (done, total), in bytes or items.
+    """
+    if sys.stderr.isatty():
+        with _bar(description) as advance:
+            yield advance
+    else:
+        yield _lines(description)
+
+
+@contextlib.contextmanager
+def _bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(description, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _lines(description: str) -> Callable[[int, int], None]:
+    started = last = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_INTERVAL_SECONDS or not done:
+            return
+        last = now
+        left = (now - started) * max(total - done, 0) / done
+        print(f"{description}: {100 * done / max(total, 1):.0f} %, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return advance

@@ -1,0 +1,113 @@
+"""`megatron-cpt VERB ...`: finds the verb's module, runs it, and prints every error in one way.
+
+Exit codes: 0 done, 1 failed, 2 wrong input (nothing was changed), 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_cpt import __version__
+from megatron_cpt.errors import CptError, InputError
+
+VERBS = {
+    "run": "Walk the whole path of a recipe: base, tokenizer, surgery, data, training, export, report.",
+    "plan": "Show what a configuration means: every value, parameters, layout, memory.",
+    "tokenizer": "Train, extend, measure and verify tokenizers.",
+    "surgery": "Fit a model's embedding and head to another vocabulary.",
+    "data": "Build, inspect and verify indexed datasets.",
+    "checkpoint": "Convert, verify and show checkpoints.",
+    "train": "Train one job, starting its processes where nobody else did.",
+    "evaluate": "Bits per byte of a model on held-out text.",
+    "report": "Write a run's report again from its files.",
+    "doctor": "Show the device, the versions, and which implementation each op would use.",
+}
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def available_verbs() -> dict[str, str]:
+    """Verbs whose module is there, with one line of help each."""
+    here = Path(__file__).parent
+    return {verb: text for verb, text in VERBS.items() if (here / f"{verb}.py").is_file()}
+
+
+def usage() -> str:
+    """The text of `megatron-cpt --help`."""
+    verbs = "\n".join(f"  {verb:<11}{text}" for verb, text in available_verbs().items())
+    return (
+        "usage: megatron-cpt VERB ...\n\n"
+        "Continue the pre-training of a Llama in another language, vocabulary included.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "options:\n"
+        "  --help     this text; `megatron-cpt VERB --help` for a verb\n"
+        "  --version  the version of the package\n\n"
+        "first steps:\n"
+        "  megatron-cpt run quickstart\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: without the program's name; None takes those of the process.
+
+    Raises:
+        Exception: anything outside the family of errors.py is a defect and keeps its traceback.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("--help", "-h"):
+        print(usage(), end="")
+        return 0 if words else InputError.exit_code
+    if words[0] == "--version":
+        print(f"megatron-cpt {__version__}")
+        return 0
+    try:
+        return _run_verb(words[0], words[1:])
+    except CptError as caught:
+        return _print_error(str(caught), caught.exit_code)
+    except KeyboardInterrupt:
+        return _print_error("stopped with Ctrl-C", INTERRUPTED)
+
+
+def _run_verb(verb: str, words: list[str]) -> int:
+    verbs = available_verbs()
+    if verb not in verbs:
+        near = difflib.get_close_matches(verb, verbs, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(verbs)}"
+        raise InputError(f"unknown verb {verb!r}: {hint}")
+
+    import typer
+
+    app = importlib.import_module(f"megatron_cpt.cli.{verb}").app
+    command = typer.main.get_command(app)
+    # Shell completion is of a whole program; here each verb is a program of its own to typer.
+    command.params = [option for option in command.params if not (option.name or "").endswith("_completion")]
+    try:
+        # Without "standalone mode" typer raises instead of printing and ending the process.
+        result = command.main(args=words, prog_name=f"megatron-cpt {verb}", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as caught:
+        # typer's usage errors: their class has moved between its versions, their face has not.
+        if not hasattr(caught, "format_message"):
+            raise
+        if type(caught).__name__ == "NoArgsIsHelpError":
+            caught.show()  # type: ignore[attr-defined]
+            return InputError.exit_code
+        raise InputError(f"{caught.format_message()} See `megatron-cpt {verb} --help`.") from None
+    return result if isinstance(result, int) else 0
+
+
+def _print_error(message: str, code: int) -> int:
+    label = "\033[31merror:\033[0m" if sys.stderr.isatty() else "error:"
+    print(f"{label} {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
