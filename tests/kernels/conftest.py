@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed() -> None:
+def _seed() -> None:
     torch.manual_seed(20)
 
 

@@ -15,7 +15,7 @@ from megatron_cpt.kernels import attention
 
 DOCUMENTS = {
     "one": [37],
-    "ragged": [1, 2, 3, 40, 17, 1, 0, 90],
+    "ragged": [0, 1, 2, 3, 40, 17, 1, 0, 90],
     "equal": [16, 16, 16, 16],
     "long_and_short": [3, 130, 1, 64, 2, 100],
 }
@@ -133,7 +133,7 @@ def test_hundreds_of_short_documents_cost_a_handful_of_calls_and_repeat_no_keys(
 def test_whole_equal_documents_are_one_call_without_gathering() -> None:
     inputs = _inputs(96)
     with _Calls() as calls:
-        attention(*inputs, _boundaries([24] * 4), scale=0.3)
+        attention(*inputs, _boundaries([24, 24, 0, 24, 24, 0]), scale=0.3)
     assert calls.count["attention"] == 1 and calls.count["index_select"] == 0
 
 

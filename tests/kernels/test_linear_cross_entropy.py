@@ -68,6 +68,17 @@ def test_logits_of_ten_thousand_stay_exact(assert_accurate: Any) -> None:
         assert_accurate(what, *values)
 
 
+def test_small_chunks_in_bf16_lose_nothing_of_the_weight_gradient(assert_accurate: Any) -> None:
+    hidden, weight = torch.rand(500, HIDDEN).bfloat16(), torch.randn(30, HIDDEN).bfloat16()
+    labels, grad = torch.full((500,), 3), torch.ones(500)
+    _, _, got = _run(
+        lambda x, w: linear_cross_entropy(x, w, labels, vocab_size=30, budget_bytes=1), hidden, weight, grad
+    )
+    _, _, native = _run(lambda x, w: _native(x, w, labels), hidden, weight, grad)
+    _, _, truth = _run(lambda x, w: _native(x, w, labels), hidden.double(), weight.double(), grad.double())
+    assert_accurate("weight", got, native, truth)
+
+
 def test_gradients_against_finite_differences() -> None:
     hidden, weight = torch.randn(6, 3).double().requires_grad_(), torch.randn(8, 3).double().requires_grad_()
     labels = torch.tensor([0, 4, IGNORED, 2, 2, 1], dtype=torch.int32)

@@ -40,6 +40,14 @@ def test_output_has_the_bits_of_llamas_formula(poisoned: Any) -> None:
     assert torch.equal(rms_norm(hidden, weight, 1e-6), _plain(hidden, weight, 1e-6))
 
 
+def test_gradients_are_rounded_once(poisoned: Any) -> None:
+    inputs = [poisoned(*shape, dtype=torch.bfloat16) for shape in ((64, 96), (96,), (64, 96))]
+    _, *narrow = _run(rms_norm, *inputs)
+    _, *wide = _run(rms_norm, *(x.float() for x in inputs))
+    for one, other in zip(narrow, wide, strict=True):
+        assert torch.equal(one, other.bfloat16())
+
+
 def test_a_wider_weight_keeps_the_dtype_of_the_tokens(poisoned: Any) -> None:
     hidden = poisoned(5, 8, dtype=torch.bfloat16)
     weight = poisoned(8).detach().requires_grad_()
