@@ -1,14 +1,36 @@
 """Checkpoints of a Llama: read, written, converted and verified without building a model."""
 
+from megatron_cpt.checkpoint.convert import convert
+from megatron_cpt.checkpoint.forward import LlamaForward
 from megatron_cpt.checkpoint.hf_config import hf_config, parse_hf_config, read_shape
-from megatron_cpt.checkpoint.llama import padded_vocab_size
+from megatron_cpt.checkpoint.huggingface import HFReader, open_hf, write_hf
+from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes, padded_vocab_size
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest, write_checkpoint_manifest
+from megatron_cpt.checkpoint.opening import open_checkpoint
+from megatron_cpt.checkpoint.reader import ModelReader, read_blocks
+from megatron_cpt.checkpoint.torch_dist import TorchDistReader, open_torch_dist
+from megatron_cpt.checkpoint.verify import show, verify
 
 __all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "HFReader",
+    "LlamaForward",
+    "ModelReader",
+    "TorchDistReader",
+    "convert",
     "hf_config",
+    "hf_shapes",
+    "open_checkpoint",
+    "open_hf",
+    "open_torch_dist",
     "padded_vocab_size",
     "parse_hf_config",
+    "read_blocks",
     "read_checkpoint_manifest",
     "read_shape",
+    "show",
+    "verify",
     "write_checkpoint_manifest",
+    "write_hf",
 ]

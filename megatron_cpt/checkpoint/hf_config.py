@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_cpt.checkpoint.files import file_inside
 from megatron_cpt.checkpoint.llama import check_supported
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.config.manifest import read_json
@@ -24,7 +25,7 @@ def read_shape(folder: str | Path) -> tuple[LlamaShape, int]:
     """
     folder = Path(folder)
     if (folder / CONFIG).exists():
-        return parse_hf_config(read_json(folder / CONFIG, CheckpointError), str(folder / CONFIG))
+        return parse_hf_config(read_json(file_inside(folder, CONFIG), CheckpointError), str(folder / CONFIG))
     if (folder / ".metadata").exists():
         manifest = read_checkpoint_manifest(folder)
         return check_supported(manifest["shape"], str(folder)), manifest["vocab_size"]
@@ -38,7 +39,9 @@ def parse_hf_config(config: Any, where: str) -> tuple[LlamaShape, int]:
     """The architecture and the vocabulary size that a `config.json` states."""
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         got = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{where}: got model_type {got!r}, expected 'llama'; other architectures are not supported")
+        raise CheckpointError(
+            f"{where}: got model_type {got!r}, expected 'llama'; other architectures are not supported"
+        )
     _refuse_variants(config, where)
     try:
         heads = config["num_attention_heads"]
@@ -58,7 +61,9 @@ def parse_hf_config(config: Any, where: str) -> tuple[LlamaShape, int]:
         )
         vocab_size = config["vocab_size"]
     except KeyError as caught:
-        raise CheckpointError(f"{where}: {caught.args[0]} is missing; the file is not a complete Llama config") from None
+        raise CheckpointError(
+            f"{where}: {caught.args[0]} is missing; the file is not a complete Llama config"
+        ) from None
     except (ValidationError, TypeError, ZeroDivisionError) as caught:
         reason = caught.errors()[0]["msg"] if isinstance(caught, ValidationError) else str(caught)
         raise CheckpointError(f"{where}: a size is not what a Llama's config holds ({reason})") from None
@@ -137,7 +142,9 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     if not isinstance(old, dict) or not isinstance(new, dict):
         raise CheckpointError(f"{where}: rope_scaling and rope_parameters must be objects or null")
     thetas = {form["rope_theta"] for form in (config, old, new) if form.get("rope_theta") is not None}
-    scalings = [_scaling(form, where) for form in (old, new) if form.get("rope_type", form.get("type")) or "factor" in form]
+    scalings = [
+        _scaling(form, where) for form in (old, new) if form.get("rope_type", form.get("type")) or "factor" in form
+    ]
     if len(thetas) > 1 or any(scaling != scalings[0] for scaling in scalings):
         raise CheckpointError(
             f"{where}: rope_theta/rope_scaling and rope_parameters contradict each other; keep the one that is right"
@@ -150,7 +157,9 @@ def _scaling(form: dict[str, Any], where: str) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise CheckpointError(f"{where}: got rope type {kind!r}, expected 'default' or 'llama3'; others are not supported")
+        raise CheckpointError(
+            f"{where}: got rope type {kind!r}, expected 'default' or 'llama3'; others are not supported"
+        )
     if form.get("partial_rotary_factor") not in (None, 1.0):
         raise CheckpointError(f"{where}: got partial_rotary_factor {form['partial_rotary_factor']!r}, expected 1.0")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

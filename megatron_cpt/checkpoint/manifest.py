@@ -68,7 +68,9 @@ def read_checkpoint_manifest(folder: str | Path) -> dict[str, Any]:
     except ValidationError as caught:
         first = caught.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "shape"
-        raise CheckpointError(f"{path}: field shape is not a Llama's ({where}: {first['msg']}); make it again") from None
+        raise CheckpointError(
+            f"{path}: field shape is not a Llama's ({where}: {first['msg']}); make it again"
+        ) from None
     sizes = manifest.get("vocab_size"), manifest.get("padded_vocab_size")
     if not all(type(size) is int for size in sizes) or not 0 < sizes[0] <= sizes[1]:  # type: ignore[operator]
         raise CheckpointError(

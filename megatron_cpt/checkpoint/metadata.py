@@ -1,0 +1,208 @@
+"""`.metadata` of a `torch_dist` checkpoint: read without running anything, checked against the files.
+
+The file is a pickle. Here every class it may name becomes an inert record that only keeps what the
+pickle says; any other name is refused. Nothing of torch or of the checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.checkpoint.files import FileSlice, file_inside
+from megatron_cpt.checkpoint.reader import num_bytes
+from megatron_cpt.errors import CheckpointError
+
+METADATA = ".metadata"
+_RECORD_MODULES = tuple(f"torch.distributed.checkpoint.{part}" for part in ("metadata", "filesystem", "planner"))
+_RECORDS = {
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    ("builtins", "slice"),
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a stored tensor and the bytes of the file that hold it (one torch.save archive)."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint, in chunks of any shape."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class _Record:
+    """Stands in for a class that the pickle names: keeps arguments and state, runs nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+# The Python unpickler: the C one would let a few bytes reserve gigabytes for its memo.
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name == "Size":
+            return tuple
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if "." not in name and (module in _RECORD_MODULES or (module, name) in _RECORDS):
+            return type(name, (_Record,), {})
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint's index has no use for")
+
+
+def read_metadata(folder: Path, wanted: Any) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint whose key satisfies `wanted`, checked against the files.
+
+    Args:
+        folder: the checkpoint folder.
+        wanted: called with a key; tensors it refuses are skipped unread.
+
+    Raises:
+        CheckpointError: the index is damaged or hostile, names a file that is missing, too short or
+            outside the folder, or its chunks overlap or leave something out.
+    """
+    path = file_inside(folder, METADATA)
+    try:
+        root = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        tensors = dict(_parse(root, wanted))
+    except Exception as caught:  # a damaged pickle can fail in any way
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint's index: {caught}; do not use this file"
+        ) from None
+    sizes: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        check_cover(key, tensor.size, [(chunk.offset, chunk.size) for chunk in tensor.chunks])
+        for chunk in tensor.chunks:
+            if chunk.file not in sizes:
+                sizes[chunk.file] = file_inside(folder, chunk.file).stat().st_size
+            if chunk.start + chunk.length > sizes[chunk.file] or num_bytes(chunk.size, tensor.dtype) > chunk.length:
+                raise CheckpointError(
+                    f"{folder}: {key} should take {num_bytes(chunk.size, tensor.dtype)} bytes from {chunk.start} to "
+                    f"{chunk.start + chunk.length} of {chunk.file}, which has {sizes[chunk.file]}; it was cut short"
+                )
+    _check_bytes(folder, tensors)
+    return tensors
+
+
+def check_cover(key: str, size: Sequence[int], boxes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Raise CheckpointError unless the boxes (offset, size) cover a tensor of `size` exactly once."""
+    volume = 0
+    active: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for offset, extent in sorted(boxes):
+        stop = tuple(first + count for first, count in zip(offset, extent, strict=True))
+        if len(offset) != len(size) or any(end > limit for end, limit in zip(stop, size, strict=True)):
+            raise CheckpointError(f"{key}: a chunk at {offset} of {extent} lies outside the tensor's {tuple(size)}")
+        active = [other for other in active if other[1][0] > offset[0]]
+        for first, last in active:
+            if all(a < d and c < b for a, b, c, d in zip(offset, stop, first, last, strict=True)):
+                raise CheckpointError(f"{key}: the chunks at {first} and {offset} overlap; the checkpoint is damaged")
+        active.append((offset, stop))
+        volume += num_bytes(extent, torch.uint8)
+    if volume != num_bytes(tuple(size), torch.uint8):
+        raise CheckpointError(
+            f"{key}: the chunks hold {volume} elements of {tuple(size)}; a part of the checkpoint is missing"
+        )
+
+
+def load_chunk(folder: Path, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    """The tensor of one chunk; its archive's sizes are checked before anything is allocated."""
+    path = file_inside(folder, chunk.file)
+    with FileSlice(path, chunk.start, chunk.length) as raw:
+        try:
+            with zipfile.ZipFile(raw) as archive:
+                records = archive.infolist()
+            if sum(record.file_size for record in records) > chunk.length:
+                raise ValueError("its records claim more bytes than it has")
+            raw.seek(0)
+            # Storages stay where they are read, in host memory, whatever device they were saved from.
+            tensor = torch.load(cast(IO[bytes], raw), map_location=lambda storage, _: storage, weights_only=True)
+        except Exception as caught:  # a damaged archive can fail in any way
+            reason = str(caught).splitlines()[0] if str(caught) else repr(caught)
+            raise CheckpointError(f"{path}: the chunk at byte {chunk.start} is damaged or unsafe ({reason})") from None
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype or not _same_box(tuple(tensor.shape), chunk.size):
+        got = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise CheckpointError(f"{path}: the chunk at byte {chunk.start} is {got}, the index says {chunk.size} {dtype}")
+    return tensor.detach().reshape(chunk.size)
+
+
+def _same_box(saved: tuple[int, ...], size: tuple[int, ...]) -> bool:
+    """A layer that was saved on its own lacks the dimension along which layers are stacked."""
+    return saved == size or (1, *saved) == size
+
+
+def _parse(root: Any, wanted: Any) -> Iterator[tuple[str, StoredTensor]]:
+    places: dict[tuple[str, Any], tuple[str, int, int]] = {}
+    for index, place in _field(root, "Metadata", "storage_data").items():
+        fields = _state(place, "_StorageInfo")
+        if fields.get("transform_descriptors"):
+            raise ValueError("chunks are compressed, which is not supported")
+        start, length = _numbers((fields["offset"], fields["length"]))
+        key = _state(index, "MetadataIndex")
+        places[key["fqn"], key.get("offset")] = str(fields["relative_path"]), start, length
+    for key, described in _field(root, "Metadata", "state_dict_metadata").items():
+        if not isinstance(key, str) or type(described).__name__ == "BytesStorageMetadata" or not wanted(key):
+            continue
+        fields = _state(described, "TensorStorageMetadata")
+        dtype = _state(fields["properties"], "TensorProperties", tuple)[0]
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key} has no dtype")
+        chunks = []
+        for chunk in fields["chunks"]:
+            box = _state(chunk, "ChunkStorageMetadata")
+            offset, size = _numbers(box["offsets"]), _numbers(box["sizes"])
+            if (key, offset) not in places:
+                raise ValueError(f"{key}: no file holds the chunk at {offset}")
+            chunks.append(Chunk(offset, size, *places[key, offset]))
+        yield key, StoredTensor(dtype, _numbers(fields["size"]), tuple(chunks))
+
+
+def _state(record: Any, kind: str, state: type = dict) -> Any:
+    if not isinstance(record, _Record) or type(record).__name__ != kind or not isinstance(record.state, state):
+        raise ValueError(f"got {type(record).__name__}, expected {kind}")
+    return record.state
+
+
+def _field(record: Any, kind: str, name: str) -> dict[Any, Any]:
+    value = _state(record, kind).get(name)
+    if not isinstance(value, dict):
+        raise ValueError(f"{kind}.{name} is {type(value).__name__}, expected a dict")
+    return value
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"got {values!r}, expected integers of 0 or more")
+    return values
+
+
+def _check_bytes(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Two chunks never share bytes of a file."""
+    taken = sorted((chunk.file, chunk.start, chunk.length, key) for key, t in tensors.items() for chunk in t.chunks)
+    for (file, start, length, key), (next_file, next_start, _, next_key) in zip(taken, taken[1:], strict=False):
+        if file == next_file and start + length > next_start:
+            raise CheckpointError(
+                f"{folder}: {key} and {next_key} overlap at byte {next_start} of {file}; it is damaged"
+            )

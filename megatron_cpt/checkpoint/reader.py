@@ -1,0 +1,130 @@
+"""What every checkpoint format looks like to the rest of the tool: tensors by Hugging Face name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
+from megatron_cpt.config.manifest import sha256_bytes
+from megatron_cpt.config.schema import LlamaShape
+
+BLOCK_BYTES = 128 << 20  # a vocabulary table is read and written in blocks of at most this size
+
+
+class ModelReader(Protocol):
+    """A Llama on disk. Tensors come one at a time; what `read` returns must not be changed in place."""
+
+    folder: Path
+    llama: LlamaShape
+    vocab_size: int
+
+    def names(self) -> list[str]:
+        """Hugging Face names of all tensors, in the order of a forward pass."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, the vocabulary without padding."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, contiguous."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor's first dimension."""
+
+
+def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Size of a dense tensor in bytes."""
+    total = dtype.itemsize
+    for size in shape:
+        total *= size
+    return total
+
+
+def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    """Cut [0, rows) into ranges (start, stop) of at most `block_bytes`, at least one row each."""
+    step = max(1, block_bytes // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def read_blocks(reader: ModelReader, name: str) -> Iterator[Tensor]:
+    """A tensor in row order: the vocabulary tables in blocks, everything else in one piece."""
+    if name not in (EMBEDDING, HEAD):
+        yield reader.read(name)
+        return
+    shape = reader.shape(name)
+    for start, stop in row_blocks(shape[0], num_bytes(shape[1:], reader.dtype(name))):
+        yield reader.read_rows(name, start, stop)
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order (no copy when it is contiguous)."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class WeightsDigest:
+    """SHA-256 of a model's weights, the same in every format and for every way of cutting it up.
+
+    The digest covers, for every HF name in sorted order: name, dtype, shape and the SHA-256 of the
+    tensor's bytes. Rows of a tensor have to arrive in ascending order; tensors in any order.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[str, tuple[str, list[int], hashlib._Hash]] = {}
+
+    def update(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], rows: Tensor) -> None:
+        """Add the next rows of a tensor."""
+        if name not in self._digests:
+            self._digests[name] = (str(dtype).removeprefix("torch."), list(shape), hashlib.sha256())
+        self._digests[name][2].update(raw_bytes(rows))
+
+    def hexdigest(self) -> str:
+        """Hex SHA-256 over everything added so far."""
+        listed = {name: [dtype, shape, digest.hexdigest()] for name, (dtype, shape, digest) in self._digests.items()}
+        return sha256_bytes(json.dumps(listed, sort_keys=True, separators=(",", ":")).encode())
+
+
+class CastReader:
+    """Another reader with every tensor cast to `to`; remembers the largest error the cast made."""
+
+    def __init__(self, reader: ModelReader, to: torch.dtype) -> None:
+        self.folder, self.llama, self.vocab_size = reader.folder, reader.llama, reader.vocab_size
+        self.max_abs_error = 0.0
+        self._reader, self._to = reader, to
+
+    def names(self) -> list[str]:
+        """Hugging Face names of all tensors."""
+        return self._reader.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._reader.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype after the cast."""
+        return self._to
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, cast."""
+        return self._cast(self._reader.read(name))
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, cast."""
+        return self._cast(self._reader.read_rows(name, start, stop))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype == self._to:
+            return tensor
+        cast = tensor.to(self._to)
+        if tensor.numel():
+            self.max_abs_error = max(self.max_abs_error, float((tensor.double() - cast.double()).abs().max()))
+        return cast

@@ -1,0 +1,66 @@
+"""The tokenizer that goes with a checkpoint: found, recognised by its hash, copied along."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_cpt.config.manifest import read_json, sha256_file
+from megatron_cpt.errors import TokenizerError
+
+MODEL_FILES = ("tokenizer.model", "tokenizer.json")  # the first that is there is the tokenizer's identity
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def tokenizer_sha256(folder: Path | None) -> str | None:
+    """Hash of the tokenizer's model file in a folder; None when there is none."""
+    for name in MODEL_FILES if folder is not None else ():
+        if (folder / name).is_file():  # type: ignore[operator]
+            return sha256_file(folder / name)  # type: ignore[operator]
+    return None
+
+
+def matching_tokenizer(model_folder: Path, recorded: str | None, given: Path | None) -> tuple[Path | None, str | None]:
+    """The tokenizer folder to use for a model and its hash.
+
+    Args:
+        model_folder: the model's own folder, which may hold its tokenizer.
+        recorded: the hash that the model's manifest records, if any.
+        given: the folder the user named, if any.
+
+    Raises:
+        TokenizerError: the named folder holds no tokenizer, or another one than the model's.
+    """
+    own = recorded or tokenizer_sha256(model_folder)
+    if given is None:
+        return (model_folder if tokenizer_sha256(model_folder) else None), own
+    found = tokenizer_sha256(given)
+    if found is None:
+        raise TokenizerError(
+            f"{given} holds neither {MODEL_FILES[0]} nor {MODEL_FILES[1]}; give the tokenizer's folder"
+        )
+    if own is not None and found != own:
+        raise TokenizerError(
+            f"{given} is not the tokenizer of {model_folder}: its SHA-256 begins {found[:12]}, the model belongs to "
+            f"{own[:12]}; give the tokenizer that the model was trained with"
+        )
+    return given, found
+
+
+def end_tokens(folder: Path | None) -> tuple[int | None, int | None]:
+    """Ids of the tokens that begin and end a text, as far as the HF files of a tokenizer state them."""
+    if folder is None or not all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None, None
+    config = read_json(folder / "tokenizer_config.json", TokenizerError)
+    added = read_json(folder / "tokenizer.json", TokenizerError).get("added_tokens", [])
+    ids = {token["content"]: token["id"] for token in added}
+    names = [config.get(key) for key in ("bos_token", "eos_token")]
+    contents = [name.get("content") if isinstance(name, dict) else name for name in names]
+    return ids.get(contents[0]), ids.get(contents[1])
+
+
+def copy_tokenizer(source: Path | None, destination: Path) -> None:
+    """Copy a tokenizer's files, those that are there."""
+    for name in MODEL_FILES + SIDE_FILES if source is not None else ():
+        if (source / name).is_file():  # type: ignore[operator]
+            shutil.copyfile(source / name, destination / name)  # type: ignore[operator]
