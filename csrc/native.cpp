@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "order.hpp"
 
@@ -18,6 +20,7 @@ namespace {
 using Int64s = py::array_t<std::int64_t, py::array::c_style>;
 
 constexpr std::int64_t kMaxSize = std::int64_t{1} << 62;
+constexpr std::int64_t kMaxBlock = std::int64_t{1} << 20;
 
 void require_size(std::int64_t size) {
   if (size < 1 || size > kMaxSize) throw std::invalid_argument("size is " + std::to_string(size) + ", expected 1..2^62");
@@ -51,14 +54,31 @@ Int64s visit(const Int64s& indices, std::int64_t size, std::uint64_t key) {
   return result;
 }
 
-// The source of each sample and its index inside that source. A block of sum(quotas) samples holds
-// exactly quotas[s] samples of source s, in an order keyed by the block.
+// The source of each slot of a block, and how many earlier slots of the block have the same source.
+void lay_out_block(std::uint64_t key, const std::int64_t* quota, std::size_t sources, std::vector<std::int64_t>& source,
+                   std::vector<std::int64_t>& rank) {
+  const cpt::Permutation permutation(source.size(), key);
+  std::vector<std::int64_t> seen(sources, 0);
+  for (std::size_t slot = 0; slot < source.size(); ++slot) {
+    auto left = static_cast<std::int64_t>(permutation(slot));
+    std::size_t s = 0;
+    while (left >= quota[s]) left -= quota[s++];
+    source[slot] = static_cast<std::int64_t>(s);
+    rank[slot] = seen[s]++;
+  }
+}
+
+// The source of each sample and its number among the samples of that source. A block of sum(quotas)
+// samples holds exactly quotas[s] samples of source s, in an order keyed by the block.
 std::pair<Int64s, Int64s> locate(const Int64s& samples, const Int64s& quotas, std::uint64_t key) {
   const std::int64_t* quota = quotas.data();
   const std::int64_t block_size = std::accumulate(quota, quota + quotas.size(), std::int64_t{0});
-  require_size(block_size);
-  if (std::any_of(quota, quota + quotas.size(), [](std::int64_t q) { return q < 0; }))
-    throw std::invalid_argument("a quota is below 0");
+  if (std::any_of(quota, quota + quotas.size(), [](std::int64_t q) { return q < 0 || q > kMaxBlock; }) ||
+      block_size < 1 || block_size > kMaxBlock)
+    throw std::invalid_argument("quotas must not be below 0 and must add up to 1..2^20");
+  std::vector<std::int64_t> block_sources(static_cast<std::size_t>(block_size));
+  std::vector<std::int64_t> block_ranks(block_sources.size());
+  std::int64_t laid_out = -1;
   Int64s sources(samples.size());
   Int64s indices(samples.size());
   const std::int64_t* in = samples.data();
@@ -67,13 +87,14 @@ std::pair<Int64s, Int64s> locate(const Int64s& samples, const Int64s& quotas, st
   for (py::ssize_t k = 0; k < samples.size(); ++k) {
     if (in[k] < 0) throw std::out_of_range("sample below 0");
     const std::int64_t block = in[k] / block_size;
-    const cpt::Permutation permutation(static_cast<std::uint64_t>(block_size),
-                                       cpt::derive(key, static_cast<std::uint64_t>(block)));
-    auto rank = static_cast<std::int64_t>(permutation(static_cast<std::uint64_t>(in[k] % block_size)));
-    std::int64_t s = 0;
-    while (rank >= quota[s]) rank -= quota[s++];
-    source[k] = s;
-    index[k] = block * quota[s] + rank;
+    if (block != laid_out) {
+      lay_out_block(cpt::derive(key, static_cast<std::uint64_t>(block)), quota,
+                    static_cast<std::size_t>(quotas.size()), block_sources, block_ranks);
+      laid_out = block;
+    }
+    const auto slot = static_cast<std::size_t>(in[k] % block_size);
+    source[k] = block_sources[slot];
+    index[k] = block * quota[source[k]] + block_ranks[slot];
   }
   return {std::move(sources), std::move(indices)};
 }

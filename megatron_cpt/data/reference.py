@@ -48,16 +48,20 @@ def visit(indices: Int64s, size: int, key: int) -> Int64s:
 
 
 def locate(samples: Int64s, quotas: Int64s, key: int) -> tuple[Int64s, Int64s]:
-    """Source of each sample and its index inside that source; every block of sum(quotas) is exact."""
+    """Source of each sample, and its number among all samples of that source.
+
+    Every block of sum(quotas) samples holds source s exactly quotas[s] times.
+    """
     block_size, ends = int(quotas.sum()), np.cumsum(quotas)
     located = []
     for sample in samples:
         block, slot = divmod(int(sample), block_size)
-        rank = _permuted(slot, block_size, derive(key, block))
-        source = int(np.searchsorted(ends, rank, side="right"))
-        located.append((source, block * int(quotas[source]) + rank - int(ends[source] - quotas[source])))
-    sources, indices = np.array(located, np.int64).reshape(-1, 2).T
-    return sources, indices
+        images = permute(np.arange(slot + 1), block_size, derive(key, block))
+        sources = np.searchsorted(ends, images, side="right")
+        source = int(sources[-1])
+        located.append((source, block * int(quotas[source]) + int((sources[:-1] == source).sum())))
+    columns = np.array(located, np.int64).reshape(-1, 2)
+    return columns[:, 0], columns[:, 1]
 
 
 def gather(

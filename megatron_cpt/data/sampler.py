@@ -4,7 +4,7 @@ There are no index files and no state: to resume at sample i is to ask for sampl
 nothing of ranks, micro-batches or the length of the run, so none of them can change it.
 
 Source of a sample: every block of 1,000 samples holds each source exactly `quota` times, in an order
-permuted by (seed, block). Window of a sample: the k-th visit of a source with W windows belongs to
+permuted by (seed, block). Window of a sample: the k-th sample of a source with W windows belongs to
 epoch k // W, which visits every window once, in an order permuted by (seed, source, epoch).
 """
 

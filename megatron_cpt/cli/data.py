@@ -1,0 +1,131 @@
+"""`megatron-cpt data`: build an indexed dataset, look into it, prove it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
+
+app = typer.Typer(help="Build, inspect and verify indexed datasets.", no_args_is_help=True)
+
+Prefix = Annotated[str, typer.Argument(help="Dataset: its path without .bin or .idx.")]
+
+
+@app.command()
+def build(
+    files: Annotated[list[Path], typer.Argument(help="Corpus: .jsonl or .txt (also .gz, .zst), or .parquet.")],
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder or model file.")],
+    output: Annotated[str, typer.Option(help="Prefix of the dataset to write.")],
+    language: Annotated[str, typer.Option(help="Short name of the language, such as ja.")] = "",
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    workers: Annotated[int, typer.Option(min=1, help="Threads of the tokenizer.")] = 1,
+    held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the works to hold out.")] = 0.0,
+    only_held_out: Annotated[bool, typer.Option("--only-held-out", help="Write the held-out side.")] = False,
+    bos: Annotated[bool, typer.Option(help="Begin each document with bos.")] = True,
+    eos: Annotated[bool, typer.Option(help="End each document with eos.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write OUTPUT.bin and OUTPUT.idx, readable by megatron-core, from corpus files.
+
+    With --held-out F, works (ids up to '#') are split by a hash: one call without and one with
+    --only-held-out give two disjoint datasets.
+    """
+    from megatron_cpt.config.manifest import sha256_file
+    from megatron_cpt.data import build_dataset, is_held_out, read_documents
+    from megatron_cpt.errors import InputError
+
+    if only_held_out and not held_out:
+        raise InputError("--only-held-out without --held-out: say which share of the works, such as 0.05")
+    if dry_run:
+        emit(_plan_of(files, tokenizer, output, text_field), as_json, _facts)
+        return
+    with progress(f"Building {output}") as advance:
+        documents = read_documents(files, text_field, language, on_progress=advance)
+        manifest = build_dataset(
+            (document for document in documents if is_held_out(document, held_out) == only_held_out),
+            tokenizer,
+            output,
+            language,
+            num_threads=workers,
+            append_bos=bos,
+            append_eos=eos,
+            inputs={str(file): sha256_file(file) for file in files if file.is_file()},
+            overwrite=overwrite,
+        )
+    emit({"prefix": output, **manifest}, as_json, _facts)
+
+
+def _plan_of(files: list[Path], tokenizer: Path, output: str, text_field: str) -> dict[str, Any]:
+    from megatron_cpt.data import read_documents
+    from megatron_cpt.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    first = next(read_documents(files, text_field), None)
+    return {
+        "output": output,
+        "files": {str(file): file.stat().st_size for file in files},
+        "vocab_size": loaded.vocab_size,
+        "tokenizer_sha256": loaded.sha256,
+        "first_document": None if first is None else {"source": first.source, "ids": loaded.encode(first.text)[:16]},
+    }
+
+
+@app.command()
+def inspect(
+    prefix: Prefix,
+    document: Annotated[int | None, typer.Option(min=0, help="Show this document.")] = None,
+    sample: Annotated[int | None, typer.Option(min=0, help="Show this sample of a plan with one source.")] = None,
+    seq_length: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the plan.")] = 1,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer, where it is no longer where it was.")] = None,
+    foreign: Annotated[
+        bool, typer.Option("--foreign", help="Read a dataset of another tool, without a manifest.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a dataset holds: its facts, one document or one sample, decoded."""
+    from megatron_cpt.data import IndexedDataset, describe, describe_document, describe_sample, tokenizer_of
+
+    dataset = IndexedDataset(prefix, foreign=foreign)
+    value = describe(dataset)
+    if document is not None:
+        value["document"] = describe_document(dataset, tokenizer_of(dataset, tokenizer), document)
+    if sample is not None:
+        value["sample"] = describe_sample(dataset, tokenizer_of(dataset, tokenizer), sample, seq_length, seed)
+    emit(value, as_json, _facts)
+
+
+@app.command()
+def verify(prefix: Prefix, as_json: JsonOption = False) -> None:
+    """Prove that a dataset is whole: sizes, hashes, every token id, bos and eos of every document."""
+    from megatron_cpt.data import verify_dataset
+
+    with progress(f"Verifying {prefix}") as advance:
+        value = verify_dataset(prefix, on_progress=advance)
+    emit(value, as_json, _facts)
+
+
+def _facts(value: dict[str, Any]) -> RenderableType:
+    """A table of the facts; the texts of a document or sample below, each piece after a rule."""
+    table = Table(show_header=False, box=None)
+    parts: list[RenderableType] = [table]
+    for name, fact in value.items():
+        if name in ("document", "sample"):
+            parts += [Rule(f"{name} {fact['number']}"), _facts({k: v for k, v in fact.items() if k != "number"})]
+        elif name == "pieces":
+            for piece in fact:
+                parts += [Rule(f"{piece['tokens']} tokens"), Text(piece["text"])]
+        elif name == "text":
+            parts.append(Text(fact))
+        elif name != "ids":
+            table.add_row(name, Text(f"{fact:,}" if isinstance(fact, int) else str(fact)))
+    return Group(*parts)
