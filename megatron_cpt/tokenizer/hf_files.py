@@ -10,6 +10,7 @@ does when longer runs stand first.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_cpt.tokenizer.model_file import SPACE, ModelFile, Piece, PieceType
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 # Settings of a base model that stay true when its vocabulary grows.
 _CARRIED = ("model_max_length", "chat_template", "padding_side")
@@ -82,6 +84,7 @@ def write_hf_files(folder: Path, base: Path | None = None) -> None:
     model = read_model_file(tokenizer.path)
     check_expressible(model, str(tokenizer.path))
     named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    ids = {id for id in named.values() if id is not None}
     specials = {key: tokenizer.piece(id) for key, id in named.items() if id is not None}
     write_text_atomic(folder / JSON_FILE, json.dumps(_tokenizer_json(model, tokenizer), ensure_ascii=False, indent=1))
     config = {
@@ -89,13 +92,21 @@ def write_hf_files(folder: Path, base: Path | None = None) -> None:
         # which are not SentencePiece's.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **specials,
+        "added_tokens_decoder": {str(id): _special_token(tokenizer.piece(id)) for id in sorted(ids)},
         "add_bos_token": tokenizer.bos_id is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         **_carried(base, model),
     }
     write_json_atomic(folder / TOKENIZER_CONFIG, config)
+    if base is not None and (base / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(base / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
     write_json_atomic(folder / SPECIAL_TOKENS_MAP, {key: config[key] for key in _SPECIALS if key in config})
+
+
+def _special_token(text: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": text, **flags, "special": True}
 
 
 def _tokenizer_json(model: ModelFile, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""`megatron-cpt surgery`: plan how vocabulary rows are made, and make them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
+
+app = typer.Typer(help="Fit a model's embedding and head to another vocabulary.", no_args_is_help=True)
+
+Plan = Annotated[Path, typer.Argument(help="Folder of the plan.")]
+
+
+@app.command()
+def plan(
+    old_tokenizer: Annotated[Path, typer.Option(help="The base model's tokenizer: its folder or file.")],
+    new_tokenizer: Annotated[Path, typer.Option(help="Folder of the new tokenizer, with its vocab_map.json.")],
+    output: Annotated[Path, typer.Option(help="Folder of the plan to write: new or empty.")],
+    method: Annotated[str, typer.Option(help="How rows of new pieces are made, in both matrices.")] = "mean",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a plan: which old rows make each new row. No model is needed."""
+    from megatron_cpt.errors import TokenizerError
+    from megatron_cpt.surgery import plan_surgery
+    from megatron_cpt.tokenizer import VocabMap, load_tokenizer
+
+    vocab_map = VocabMap.load(new_tokenizer)
+    for name, path, expected in (
+        ("old", old_tokenizer, vocab_map.old_sha256),
+        ("new", new_tokenizer, vocab_map.new_sha256),
+    ):
+        if load_tokenizer(path).sha256 != expected:
+            raise TokenizerError(
+                f"{path} is not the {name} tokenizer of the vocabulary map in {new_tokenizer}: name the tokenizer that "
+                "was extended, and the folder that the extension wrote"
+            )
+    made = plan_surgery(vocab_map, method, method)
+    if not dry_run:
+        made.save(output, new_tokenizer)
+    emit({"output": str(output), **made.facts()}, as_json, _facts)
+
+
+@app.command()
+def apply(
+    plan: Plan,
+    src: Annotated[Path, typer.Argument(help="Base model: a Hugging Face folder.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to write: new or empty.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the new tokenizer; by default the copy inside the plan.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model with the rows of the plan; every other tensor stays bit for bit."""
+    from megatron_cpt.surgery import SurgeryPlan, apply_surgery
+    from megatron_cpt.surgery.plan import TOKENIZER
+
+    loaded = SurgeryPlan.load(plan)
+    with progress(f"Writing {dst}") as advance:
+        value = apply_surgery(loaded, src, dst, tokenizer or plan / TOKENIZER, on_progress=advance)
+    emit(value, as_json, _facts)
+
+
+@app.command()
+def show(
+    plan: Plan,
+    row: Annotated[int | None, typer.Option(min=0, help="Show what this new row is made of.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a plan does, or what one row is made of."""
+    from megatron_cpt.surgery import SurgeryPlan
+
+    loaded = SurgeryPlan.load(plan)
+    emit(loaded.facts() if row is None else loaded.row(row), as_json, _facts)
+
+
+def _facts(value: dict[str, Any]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None)
+    for name, fact in value.items():
+        for part, entry in fact.items() if isinstance(fact, dict) else [("", fact)]:
+            table.add_row(f"{name} {part}".strip(), Text(f"{entry:,}" if type(entry) is int else str(entry)))
+    return table
