@@ -100,6 +100,8 @@ def _run_verb(verb: str, words: list[str]) -> int:
             caught.show()  # type: ignore[attr-defined]
             return InputError.exit_code
         raise InputError(f"{caught.format_message()} See `megatron-cpt {verb} --help`.") from None
+    if result == INTERRUPTED:  # typer has caught it
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 

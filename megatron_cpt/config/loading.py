@@ -100,6 +100,8 @@ def _explain(caught: ValidationError, model: type[BaseModel], layers: Layers) ->
         if name in problems and problems[name] != line:
             line = f"{problems[name].rpartition(';')[0]}, or {_expected(error)};{line.rpartition(';')[2]}"
         problems[name] = line
+    # Of a union, the member that came furthest is the one that was meant.
+    problems = {name: line for name, line in problems.items() if not any(o.startswith(f"{name}.") for o in problems)}
     header = f"{layers.name} has {len(problems)} problems:\n  " if len(problems) > 1 else ""
     return header + "\n  ".join(problems.values())
 
@@ -133,11 +135,10 @@ def _place(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str
     holder: type[BaseModel] = model
     section: type[BaseModel] | None = model
     for part in loc:
+        # Below a plain value a name is pydantic's for a member of a union, not a key.
         if isinstance(part, int):
             path.append(str(part))
-        elif section is None:
-            break  # pydantic's name for a member of a union: not a key
-        else:
+        elif section is not None:
             path.append(part)
             holder = section
             known = section.model_fields.get(part)
@@ -190,7 +191,10 @@ def _yaml_lines(value: Any, origins: Mapping[str, str], path: tuple[str, ...] = 
 def _scalar(value: Any) -> str:
     if isinstance(value, str):
         plain = PLAIN_TEXT.fullmatch(value) and value.lower() not in ("true", "false", "null")
-        return value if plain else json.dumps(value, ensure_ascii=not value.isprintable())
+        if plain:
+            return value
+        quoted = json.dumps(value, ensure_ascii=False)
+        return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in quoted)
     if isinstance(value, list):
         return f"[{', '.join(_scalar(item) for item in value)}]"
     return json.dumps(value)
