@@ -23,7 +23,7 @@ VERBS = {
     "checkpoint": "Convert, verify and show checkpoints.",
     "train": "Train one job, starting its processes where nobody else did.",
     "evaluate": "Bits per byte of a model on held-out text.",
-    "report": "Write a run's report again from its files.",
+    "report": "Show what runs have reached, side by side.",
     "doctor": "Show the device, the versions, and which implementation each op would use.",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
