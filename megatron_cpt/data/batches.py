@@ -76,7 +76,7 @@ class ValidationWindows:
         length = self._seq_length
         start = min(number * length, self.dataset.num_tokens)
         tokens, boundaries = self.dataset.tokens(start, min(start + length + 1, self.dataset.num_tokens))
-        num_labels = max(0, len(tokens) - 1) if number < len(self) else 0
+        num_labels = max(0, len(tokens) - 1)
         padded = np.zeros(length + 1, np.int64)
         padded[: len(tokens)] = tokens
         return Sample(padded, boundaries, num_labels, 0, self.language)

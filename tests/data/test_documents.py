@@ -130,6 +130,8 @@ def test_held_out_split_keeps_works_whole_and_only_grows(documents: list[Documen
     assert not works[0] & works[1] and 3 <= len(works[1]) <= 14
     assert {d.source for d in held_out} <= {d.source for d in documents if is_held_out(d, 0.4)}
     assert [is_held_out(d, 0.2) for d in documents] == [d in held_out for d in documents]
+    many = [Document("", "xx", "memory", f"book {number}#1") for number in range(2000)]
+    assert 330 < sum(is_held_out(document, 0.2) for document in many) < 470
 
 
 def test_without_ids_equal_texts_stay_together() -> None:

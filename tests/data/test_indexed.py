@@ -148,6 +148,17 @@ def _edit_manifest(folder: Path, **fields: Any) -> None:
 
 
 LENGTHS, OFFSETS, BORDERS = 34, 34 + 4 * 40, 34 + 12 * 40
+
+
+def _negative_last_length(folder: Path) -> None:
+    """Lengths and offsets that agree with each other and with the size of .bin, and make no sense."""
+    content = (folder / "x.idx").read_bytes()
+    before, last = struct.unpack_from("<ii", content, LENGTHS + 4 * 38)
+    (offset,) = struct.unpack_from("<q", content, OFFSETS + 8 * 39)
+    _patch(folder / "x.idx", LENGTHS + 4 * 38, struct.pack("<ii", before + last + 3, -3))
+    _patch(folder / "x.idx", OFFSETS + 8 * 39, struct.pack("<q", offset + 2 * (last + 3)))
+
+
 DAMAGE = {
     "no manifest": (lambda f: (f / "x.manifest.json").unlink(), "manifest.json is missing"),
     "empty manifest": (lambda f: (f / "x.manifest.json").write_text(""), "not valid JSON"),
@@ -168,6 +179,7 @@ DAMAGE = {
     "other type": (lambda f: _patch(f / "x.idx", 17, b"\x04"), "without gaps"),
     "huge counts": (lambda f: _patch(f / "x.idx", 18, b"\xff" * 8), r"sequences and 41 document borders need"),
     "negative length": (lambda f: _patch(f / "x.idx", LENGTHS, struct.pack("<i", -1)), "without gaps"),
+    "negative last length": (_negative_last_length, "without gaps"),
     "offset elsewhere": (lambda f: _patch(f / "x.idx", OFFSETS + 8, struct.pack("<q", 1 << 40)), "without gaps"),
     "border before": (lambda f: _patch(f / "x.idx", BORDERS + 8, struct.pack("<q", -1)), "borders are damaged"),
     "border behind": (lambda f: _patch(f / "x.idx", BORDERS + 8, struct.pack("<q", 41)), "borders are damaged"),
