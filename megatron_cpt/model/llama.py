@@ -1,7 +1,9 @@
 """Build the model chunks of this rank; the only place that does.
 
-One path for every layout: weights are not initialised here, they are loaded from a checkpoint
-(`training/state.py`), so that every layout starts from the same numbers.
+One path for every layout: the weights drawn here are never trained, they are replaced from a
+checkpoint (`training/state.py`), so that every layout starts from the same numbers. They are drawn all
+the same, because megatron-core marks tensor-parallel parameters only while it initialises them, and
+counts the gradient norm wrongly without the marks.
 """
 
 from __future__ import annotations
@@ -129,7 +131,6 @@ def engine_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        perform_initialization=False,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
         overlap_p2p_comm=parallel.overlap_p2p,

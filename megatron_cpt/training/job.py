@@ -10,7 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
-from megatron_cpt.checkpoint import convert
+from megatron_cpt.checkpoint.convert import convert
 from megatron_cpt.checkpoint.random import write_random_hf
 from megatron_cpt.config.manifest import MANIFEST, read_json, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import TrainConfig

@@ -1,0 +1,124 @@
+"""A tiny corpus, tokenizer, dataset and model that every training test shares."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from megatron_cpt.checkpoint.convert import convert
+from megatron_cpt.checkpoint.random import write_random_hf
+from megatron_cpt.config.schema import LlamaShape, TrainConfig
+from megatron_cpt.data import Document, build_dataset
+from megatron_cpt.runtime.launcher import launch
+from megatron_cpt.training.job import run_job
+from megatron_cpt.training.metrics import read_metrics
+
+SHAPE = LlamaShape(
+    num_layers=8,
+    hidden_size=32,
+    ffn_hidden_size=88,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Paths of the shared inputs, and how to train on them."""
+
+    root: Path
+    tokenizer: Path
+    hf: Path
+    initial: Path
+
+    def config(self, output: Path | str, **changes: Any) -> TrainConfig:
+        """A job of ten fp32 steps; `changes` are whole sections or fields."""
+        document: dict[str, Any] = {
+            "output": str(output),
+            "tokenizer": str(self.tokenizer),
+            "initial_checkpoint": str(self.initial),
+            "train_steps": STEPS,
+            "precision": "fp32",
+            "batch": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 16},
+            "optimizer": {"learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 2},
+            "data": {
+                "train": [
+                    {"prefix": str(self.root / "a"), "language": "a", "weight": 3.0},
+                    {"prefix": str(self.root / "b"), "language": "b", "weight": 1.0},
+                ],
+                "validation": [{"prefix": str(self.root / "held"), "language": "a"}],
+            },
+            "log_interval_steps": 1,
+            **changes,
+        }
+        return TrainConfig.model_validate(document)
+
+    def train_many(self, jobs: dict[str, dict[str, Any]], num_processes: int) -> dict[str, list[dict[str, Any]]]:
+        """Run several jobs in one set of processes: name -> changes; returns name -> metrics."""
+        paths = []
+        for name, changes in jobs.items():
+            config = self.config(self.root / name, **changes)
+            paths.append(str(self.root / f"{name}.json"))
+            Path(paths[-1]).write_text(config.model_dump_json())
+        launch("tests.training.many_jobs", paths, num_processes, self.root / "logs")
+        return {name: read_metrics(self.root / name) for name in jobs}
+
+    def train(self, output: Path | str, num_processes: int = 1, **changes: Any) -> list[dict[str, Any]]:
+        """Run a job and return its metrics."""
+        run_job(self.config(output, **changes), num_processes)
+        return read_metrics(output)
+
+
+def write_documents(seed: int, count: int) -> list[Document]:
+    """Documents of 3 to 40 made-up words: many shorter and some longer than a training sample."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
+    draw.seed(seed)
+    return [Document(" ".join(draw.choices(words, k=draw.randint(3, 40))), "a", f"{seed}/{n}") for n in range(count)]
+
+
+def write_tokenizer(folder: Path, documents: list[Document], vocab_size: int) -> None:
+    """A SentencePiece model of exactly `vocab_size` pieces (without byte fallback, so it may be small)."""
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(document.text for document in documents),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        minloglevel=2,
+    )
+
+
+def make_tiny(root: Path, vocab_size: int, shape: LlamaShape = SHAPE) -> Tiny:
+    """Write tokenizer, datasets and initial weights into `root`."""
+    documents = {name: write_documents(seed, count) for seed, (name, count) in enumerate(DATASETS.items())}
+    tiny = Tiny(root, root / "tokenizer", root / "hf", root / "initial")
+    write_tokenizer(tiny.tokenizer, documents["a"] + documents["b"], vocab_size)
+    for name, texts in documents.items():
+        build_dataset(texts, tiny.tokenizer, root / name, name)
+    write_random_hf(shape, vocab_size, 5, tiny.hf, 1, 2)
+    convert(tiny.hf, tiny.initial, "torch_dist", tokenizer=tiny.tokenizer)
+    return tiny
+
+
+DATASETS = {"a": 200, "b": 100, "held": 10}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The shared inputs: vocabulary 250, which no TP size and no divisor likes."""
+    return make_tiny(tmp_path_factory.mktemp("tiny inputs"), 250)
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: Tiny) -> list[dict[str, Any]]:
+    """Metrics of the one-process run that every layout has to equal."""
+    return tiny.train(tiny.root / "reference")

@@ -1,0 +1,71 @@
+"""Every layout computes the numbers of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.training.conftest import STEPS, Tiny
+
+TWO_PROCESSES: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "PP2-uneven": {"pipeline_model_parallel_size": 2, "num_layers_per_stage": [5, 3]},
+    "PP2-VPP2-overlap": {
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_p2p": True,
+    },
+    "TP2-SP-selective": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "recompute": "selective"},
+    "DP2-overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+}
+FOUR_PROCESSES: dict[str, dict[str, Any]] = {
+    "TP2-PP2-SP-recompute": {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "recompute": "full",
+    },
+    "PP4-VPP2": {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Tiny) -> dict[str, list[dict[str, Any]]]:
+    """Metrics of every layout."""
+    return {
+        **tiny.train_many({name: {"parallel": parallel} for name, parallel in TWO_PROCESSES.items()}, 2),
+        **tiny.train_many({name: {"parallel": parallel} for name, parallel in FOUR_PROCESSES.items()}, 4),
+    }
+
+
+def largest_differences(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Largest absolute difference of losses and of bits per byte, and relative one of gradient norms."""
+    pairs = [(a, b) for a, b in zip(got, wanted, strict=True)]
+    steps = [(a, b) for a, b in pairs if "loss" in b]
+    assert len(steps) == STEPS and [a["step"] for a, _ in pairs] == [b["step"] for _, b in pairs]
+    loss = max(abs(a["loss"] - b["loss"]) for a, b in steps)
+    norm = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in steps)
+    scores = [(a["validation"], b["validation"]) for a, b in pairs if "validation" in b]
+    bits = max(abs(a["a"]["bits_per_byte"] - b["a"]["bits_per_byte"]) for a, b in scores)
+    assert len(scores) == 2 and all(a["a"]["tokens"] == b["a"]["tokens"] for a, b in scores)
+    return loss, bits, norm
+
+
+@pytest.mark.parametrize("name", [*TWO_PROCESSES, *FOUR_PROCESSES])
+def test_layout_equals_one_process(
+    name: str, runs: dict[str, list[dict[str, Any]]], reference: list[dict[str, Any]]
+) -> None:
+    loss, bits, norm = largest_differences(runs[name], reference)
+    print(f"{name}: loss {loss:.1e}, bits per byte {bits:.1e}, gradient norm {norm:.1e}")
+    assert loss <= 2e-6
+    assert bits <= 2e-6
+    assert norm <= 1e-4
+
+
+def test_reference_learns(reference: list[dict[str, Any]]) -> None:
+    losses = [record["loss"] for record in reference if "loss" in record]
+    assert losses[-1] < losses[0] - 0.3
+    scores = [record["validation"]["a"] for record in reference if "validation" in record]
+    assert scores[-1]["bits_per_byte"] < scores[0]["bits_per_byte"]
