@@ -127,5 +127,5 @@ def _facts(value: dict[str, Any]) -> RenderableType:
         elif name == "text":
             parts.append(Text(fact))
         elif name != "ids":
-            table.add_row(name, Text(f"{fact:,}" if isinstance(fact, int) else str(fact)))
+            table.add_row(name, Text(f"{fact:,}" if type(fact) is int else str(fact)))
     return Group(*parts)
