@@ -144,8 +144,9 @@ def _index(folder: Path) -> dict[str, _Stored]:
             "save the model as safetensors first"
         )
     tensors: dict[str, _Stored] = {}
-    for file in sorted(set(weight_map.values())) if weight_map is not None else [WEIGHTS]:
-        for name, stored in _read_header(file_inside(folder, file)).items():
+    files = sorted(set(weight_map.values())) if weight_map is not None else [WEIGHTS]
+    for file, path in [(file, file_inside(folder, file)) for file in files]:  # all names are checked first
+        for name, stored in _read_header(path).items():
             if name in tensors or (weight_map is not None and weight_map.get(name) != file):
                 raise CheckpointError(
                     f"{folder}: {name} lies in {file} but not, or not only, by {INDEX}; the files are mixed up"

@@ -49,7 +49,7 @@ def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return total
 
 
-def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+def row_blocks(rows: int, row_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:
     """Cut [0, rows) into ranges (start, stop) of at most `block_bytes`, at least one row each."""
     step = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, rows, step):
@@ -62,7 +62,7 @@ def read_blocks(reader: ModelReader, name: str) -> Iterator[Tensor]:
         yield reader.read(name)
         return
     shape = reader.shape(name)
-    for start, stop in row_blocks(shape[0], num_bytes(shape[1:], reader.dtype(name))):
+    for start, stop in row_blocks(shape[0], num_bytes(shape[1:], reader.dtype(name)), BLOCK_BYTES):
         yield reader.read_rows(name, start, stop)
 
 
