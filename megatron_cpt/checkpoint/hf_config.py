@@ -154,13 +154,13 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 def _scaling(form: dict[str, Any], where: str) -> RopeScaling | None:
     kind = form.get("rope_type", form.get("type"))
+    if form.get("partial_rotary_factor") not in (None, 1.0):
+        raise CheckpointError(f"{where}: got partial_rotary_factor {form['partial_rotary_factor']!r}, expected 1.0")
     if kind == "default":
         return None
     if kind != "llama3":
         raise CheckpointError(
             f"{where}: got rope type {kind!r}, expected 'default' or 'llama3'; others are not supported"
         )
-    if form.get("partial_rotary_factor") not in (None, 1.0):
-        raise CheckpointError(f"{where}: got partial_rotary_factor {form['partial_rotary_factor']!r}, expected 1.0")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return RopeScaling(**{name: form[name] for name in names})
