@@ -69,6 +69,14 @@ def test_null_removes_a_section_and_a_later_layer_brings_it_back(tmp_path: Path)
     assert load_config(mine, RunConfig, again).config.base.shape is not None
 
 
+def test_a_section_that_was_removed_leaves_no_origin_behind() -> None:
+    overrides = ["train.optimizer.clip_grad=2", "train.optimizer=null", "train.optimizer={warmup_steps: 3}"]
+    resolved = load_config("quickstart", RunConfig, overrides)
+    assert resolved.config.train.optimizer.clip_grad == 1.0
+    assert resolved.origins["train.optimizer.clip_grad"] == "default"
+    assert resolved.origins["train.optimizer.warmup_steps"] == "--set"
+
+
 def test_set_reaches_into_lists(tmp_path: Path) -> None:
     job = write(tmp_path / "job.yaml", TRAIN)
     resolved = load_config(job, TrainConfig, ["data.train.1.weight=9"])
@@ -154,7 +162,9 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     ],
 )
 def test_bad_override_is_named_with_the_way_out(override: str, expected: str) -> None:
-    assert expected in refusal("quickstart", override)
+    message = refusal("quickstart", override)
+    assert expected in message
+    assert len(message.splitlines()) == 1
 
 
 def test_each_problem_has_one_line(tmp_path: Path) -> None:

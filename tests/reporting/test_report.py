@@ -144,13 +144,14 @@ def test_labels_do_not_cover_each_other(tmp_path: Path) -> None:
     ]
     path = tmp_path / "picture.png"
     bits_per_byte_picture(history, {}, path)
-    width = imread(path).shape[1]
+    height, width = imread(path).shape[:2]
     spans = []
     for colour in COLOURS[: len(languages)]:
         rows, columns = pixels_of(path, colour).T
         label = rows[columns > 0.93 * width]
         spans.append((label.min(), label.max()))
     spans.sort()
+    assert spans[-1][1] < 0.9 * height  # beside the axis, not below it
     assert all(above[1] < below[0] for above, below in zip(spans, spans[1:], strict=False))
 
 
