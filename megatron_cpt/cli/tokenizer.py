@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Train, extend, measure and verify tokenizers.", no_args_is_help=True)
 
-Corpus = Annotated[list[Path], typer.Option(help="Corpus file (.jsonl, .txt, .parquet; also .gz, .zst); may be repeated.")]
+# An option of click takes one value; the files that follow it, as a shell's pattern leaves them, come as arguments.
+Corpus = Annotated[
+    list[Path], typer.Option(metavar="FILE...", help="Corpus: .jsonl or .txt (also .gz, .zst), or .parquet.")
+]
+More = Annotated[list[Path] | None, typer.Argument(metavar="FILE", show_default=False, hidden=True)]
 Output = Annotated[Path, typer.Option(help="Folder to write: new or empty.")]
 Language = Annotated[str, typer.Option(help="Short name of the language, such as ja, for the manifest.")]
+Coverage = Annotated[float, typer.Option(help="Share of the text's characters that get a piece.")]
 TextField = Annotated[str, typer.Option(help="Field or column that holds the text.")]
 
 
@@ -27,8 +32,9 @@ def train(
     corpus: Corpus,
     vocab_size: Annotated[int, typer.Option(min=260, help="Ids of the tokenizer, 259 special and byte ids included.")],
     output: Output,
+    more: More = None,
     language: Language = "",
-    character_coverage: Annotated[float, typer.Option(help="Share of the characters that get a piece.")] = 0.9995,
+    character_coverage: Coverage = 0.9995,
     text_field: TextField = "text",
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -36,6 +42,7 @@ def train(
     """Train a Llama-like SentencePiece tokenizer (BPE, byte fallback, single digits)."""
     from megatron_cpt.tokenizer import train_tokenizer
 
+    corpus = [*corpus, *(more or ())]
     if dry_run:
         _say_plan(corpus, text_field, output, as_json, vocab_size=vocab_size)
         return
@@ -51,9 +58,11 @@ def extend(
     corpus: Corpus,
     num_pieces: Annotated[int, typer.Option(min=1, help="Pieces of the target language to train and offer.")],
     output: Output,
+    more: More = None,
     script: Annotated[str, typer.Option(help="Which pieces to take: ja, ko, de or any.")] = "ja",
     divisor: Annotated[int, typer.Option(min=1, help="The new size is a multiple of this.")] = 8,
     language: Annotated[str, typer.Option(help="Short name of the language; by default that of the script.")] = "",
+    character_coverage: Coverage = 0.9995,
     text_field: TextField = "text",
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -61,6 +70,7 @@ def extend(
     """Append pieces of a target language; text without its script is cut exactly as before."""
     from megatron_cpt.tokenizer import extend_tokenizer, load_tokenizer
 
+    corpus = [*corpus, *(more or ())]
     language = language or ("" if script == "any" else script)
     if dry_run:
         old_size = load_tokenizer(base_model).vocab_size
@@ -68,14 +78,17 @@ def extend(
         return
     with progress(f"Extending {base_model}") as advance:
         texts = _texts(corpus, text_field, language, advance)
-        report = extend_tokenizer(base_model, texts, num_pieces, script, divisor, output, language)
+        report = extend_tokenizer(base_model, texts, num_pieces, script, divisor, output, language, character_coverage)
     emit({"output": str(output), **asdict(report)}, as_json, _facts)
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="Tokenizer folder.")],
-    text: Annotated[list[Path] | None, typer.Option(help="Text whose lines are compared; may be repeated.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE...", help="Texts to compare on, beside the built-in ones.")
+    ] = None,
+    more: More = None,
     text_field: TextField = "text",
     as_json: JsonOption = False,
 ) -> None:
@@ -83,7 +96,7 @@ def verify(
     from megatron_cpt.tokenizer import verify_tokenizer
 
     with progress(f"Verifying {folder}") as advance:
-        lines = _lines(_texts(text or [], text_field, "", advance))
+        lines = _lines(_texts([*(text or ()), *(more or ())], text_field, "", advance))
         emit(verify_tokenizer(folder, lines), as_json, _facts)
 
 
@@ -91,7 +104,8 @@ def verify(
 def report(
     folder: Annotated[Path, typer.Argument(help="Tokenizer folder.")],
     base: Annotated[Path, typer.Option(help="Tokenizer to compare with: a folder or model file.")],
-    text: Annotated[list[str], typer.Option(metavar="LANG=FILE", help="Text of a language; may be repeated.")],
+    text: Annotated[list[str], typer.Option(metavar="LANG=FILE...", help="Texts, each with its language.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="LANG=FILE", show_default=False, hidden=True)] = None,
     text_field: TextField = "text",
     as_json: JsonOption = False,
 ) -> None:
@@ -100,7 +114,7 @@ def report(
 
     old, new = load_tokenizer(base), load_tokenizer(folder)
     languages = {}
-    for language, files in _by_language(text).items():
+    for language, files in _by_language([*text, *(more or ())]).items():
         with progress(f"Measuring {language}") as advance:
             lines = list(_lines(_texts(files, text_field, language, advance)))
         languages[language] = {

@@ -72,7 +72,7 @@ class SurgeryPlan:
             tensors |= {f"{name}.indptr": mix.indptr, f"{name}.indices": mix.indices, f"{name}.weights": mix.weights}
         with new_folder(Path(folder), InputError) as staged:
             write_json_atomic(staged / FACTS, self.facts())
-            safetensors.torch.save_file(tensors, staged / MATRICES)
+            (staged / MATRICES).write_bytes(safetensors.torch.save(tensors))
             if tokenizer_folder is not None:
                 shutil.copytree(tokenizer_folder, staged / TOKENIZER)
             inputs = {"old_tokenizer": self.old_sha256, "new_tokenizer": self.new_sha256}

@@ -19,7 +19,6 @@ from megatron_cpt.tokenizer.training import train_model, write_tokenizer_manifes
 from megatron_cpt.tokenizer.vocab_map import VOCAB_MAP_FILE, Entry, VocabMap, kept_entries
 
 _RUN_SCORE = -1e9  # what Llama 2 gives to runs of spaces: far below every rank, so not part of the ranking
-_COVERAGE = 0.9995
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class ExtendReport:
         requested: pieces asked of the target-language model.
         offered: pieces it has; less than `requested` when the text has no more to offer.
         dropped: pieces not taken, by reason: "in_base", "script" (no character of the target script),
-            "unreachable" (no sequence of merges leads to it), "divisor" (the last ones, to round the size).
+            "unreachable" (no sequence of merges leads to it), "divisor" (the last merges, to round the size).
         lines: lines of text the target-language model was trained on.
         text_bytes: their bytes in UTF-8.
     """
@@ -56,6 +55,7 @@ def extend_tokenizer(
     divisor: int,
     output: str | Path,
     language: str = "",
+    character_coverage: float = 0.9995,
 ) -> ExtendReport:
     """Extend a SentencePiece BPE tokenizer with pieces trained on a target language.
 
@@ -69,9 +69,10 @@ def extend_tokenizer(
         num_pieces: pieces to train and offer (without the special and byte pieces). Those that the base
             has, or that are not of the script, are not appended.
         script: "ja", "ko", "de" or "any"; see `scripts`.
-        divisor: the new size is a multiple of it, reached by dropping the last pieces.
+        divisor: the new size is a multiple of it, reached by dropping the last merged pieces.
         output: a new or empty folder.
         language: recorded in the manifest.
+        character_coverage: share of the text's characters that are offered as pieces.
 
     Returns:
         The counts; `output` holds tokenizer.model, the Hugging Face files, vocab_map.json and manifest.json.
@@ -87,7 +88,7 @@ def extend_tokenizer(
         raise TokenizerError(f"num_pieces is {num_pieces} and divisor {divisor}: expected both to be at least 1")
     rule = script_rule(script)
     reserved = 3 + (256 if model.rules.byte_fallback else 0)
-    trained = train_model(texts, num_pieces + reserved, model.rules, model.normalizer, _COVERAGE)
+    trained = train_model(texts, num_pieces + reserved, model.rules, model.normalizer, character_coverage)
 
     offered = [piece.text for piece in trained.model.pieces if piece.type is PieceType.NORMAL]
     known = {piece.text for piece in model.pieces}
@@ -130,6 +131,7 @@ def extend_tokenizer(
             requested=num_pieces,
             script=script,
             divisor=divisor,
+            character_coverage=character_coverage,
             language=language,
         )
     return report
@@ -182,21 +184,27 @@ def _reachable(model: ModelFile, texts: Sequence[str]) -> list[str]:
     """Those of the new pieces that the extended model produces for their own surface.
 
     A piece that is not produced alone is produced nowhere: inside a longer text the same merges happen in
-    the same order. So leaving it out changes no encoding.
+    the same order. So leaving it out changes no encoding. SentencePiece also merges through characters that
+    are no pieces, which a tokenizer.json cannot: such pieces count as unreachable.
     """
-    data = without_prefix(model.with_appended(_scored(model, texts)))
-    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    alphabet = model.alphabet().union(text for text in texts if len(text) == 1)
+    spelled = [text for text in texts if alphabet.issuperset(text)]
+    data = without_prefix(model.with_appended(_scored(model, spelled)))
+    encoded = sentencepiece.SentencePieceProcessor(model_proto=data).encode(spelled)
     first = len(model.pieces)
-    encoded = processor.encode(list(texts))
-    return [text for id, (text, ids) in enumerate(zip(texts, encoded, strict=True), start=first) if ids == [id]]
+    return [text for id, (text, ids) in enumerate(zip(spelled, encoded, strict=True), start=first) if ids == [id]]
 
 
 def _rounded(model: ModelFile, texts: Sequence[str], divisor: int) -> list[str]:
-    """The most pieces, from the front, that make the size a multiple of `divisor` and are all reachable."""
+    """The pieces without the last ones, so that the size is a multiple of `divisor`.
+
+    The last merges go first: a dropped character would take with it every piece that contains it.
+    """
     kept = list(texts)
     while kept and (excess := (len(model.pieces) + len(kept)) % divisor):
-        # A dropped piece may be a part of one that stays.
-        kept = _reachable(model, kept[: max(len(kept) - excess, 0)])
+        dropped = set(sorted(range(len(kept)), key=lambda place: (len(kept[place]) > 1, place))[-excess:])
+        # A dropped piece may have been a part of one that stays.
+        kept = _reachable(model, [text for place, text in enumerate(kept) if place not in dropped])
     return kept
 
 

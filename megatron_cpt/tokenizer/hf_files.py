@@ -3,8 +3,8 @@
 SentencePiece merges the adjacent pair whose concatenation has the highest score, the leftmost of equals.
 A `tokenizer.json` ranks its merges by their place in a list. The two agree when the list is sorted by
 the score of the merged piece. Equal scores have no place in such a list, with one exception that Llama 2
-needs: runs of spaces. There leftmost-first means "grow the run as far as it goes", which is what the list
-does when longer runs stand first.
+needs: its runs of spaces, which all have one score. There leftmost-first means "grow the run as far as it
+goes", which is what the list does when longer runs stand first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def check_expressible(model: ModelFile, name: str) -> None:
     """Refuse a model whose ids a `tokenizer.json` cannot reproduce.
 
     Raises:
-        TokenizerError: the model normalizes text, has user-defined symbols, or has tied scores.
+        TokenizerError: the model normalizes text, has user-defined symbols, pieces with characters that are
+            no pieces, or tied scores.
     """
     normalizer = model.normalizer
     if not normalizer.identity or normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
@@ -49,12 +50,21 @@ def check_expressible(model: ModelFile, name: str) -> None:
         raise TokenizerError(
             f"{name} has {len(symbols)} user-defined symbols (the first: {symbols[0]!r}); expected none, as in Llama's"
         )
+    alphabet = model.alphabet()
+    unspelled = [piece.text for piece in _mergeable(model) if not alphabet.issuperset(piece.text)]
+    if unspelled:
+        raise TokenizerError(
+            f"{name} has {len(unspelled)} pieces (such as {unspelled[0]!r}) with a character that is no piece itself; "
+            "SentencePiece reaches them, a tokenizer.json cannot: add the characters, or use the original model"
+        )
+    runs = [piece.score for piece in _mergeable(model) if _is_run(piece.text)]
     scores = Counter(piece.score for piece in _mergeable(model) if not _is_run(piece.text))
+    scores.update(set(runs) if len(set(runs)) == 1 else runs)
     tied = sorted(piece.text for piece in _mergeable(model) if scores[piece.score] > 1)
     if tied:
         raise TokenizerError(
-            f"{name} has {len(tied)} pieces with equal scores (such as {tied[0]!r} and {tied[1]!r}), whose order no "
-            "tokenizer.json can express; expected strictly falling scores: extend the original tokenizer again"
+            f"{name} has {len(tied)} pieces with equal scores (such as {tied[0]!r} and {tied[-1]!r}), whose order "
+            "no tokenizer.json can express; expected strictly falling scores: extend the original tokenizer again"
         )
 
 

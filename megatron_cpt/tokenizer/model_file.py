@@ -75,6 +75,10 @@ class ModelFile:
     rules: TrainingRules
     normalizer: Normalizer
 
+    def alphabet(self) -> set[str]:
+        """The characters that are pieces."""
+        return {piece.text for piece in self.pieces if piece.type is PieceType.NORMAL and len(piece.text) == 1}
+
     def with_appended(self, pieces: Sequence[Piece]) -> bytes:
         """The file's bytes with more pieces at the end; everything before them is unchanged."""
         return self.data + b"".join(map(_piece_record, pieces))

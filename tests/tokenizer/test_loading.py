@@ -1,0 +1,108 @@
+"""Reading tokenizers of both kinds, against the libraries that define them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from megatron_cpt.config.manifest import sha256_file
+from megatron_cpt.errors import TokenizerError
+from megatron_cpt.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def byte_level(tmp_path: Path, english: list[str]) -> Path:
+    """A byte-level BPE with special tokens, as Llama 3's: a folder without tokenizer.model."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(english, trainer)
+    made.enable_truncation(4)
+    folder = tmp_path / "byte_level"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_sentencepiece_folder(base: Path, english: list[str]) -> None:
+    tokenizer = load_tokenizer(base)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
+    assert tokenizer.vocab_size == reference.vocab_size()
+    assert tokenizer.path == base / "tokenizer.model"
+    assert tokenizer.sha256 == sha256_file(base / "tokenizer.model")
+    assert tokenizer.encode_batch(english) == reference.encode(english)
+    assert tokenizer.encode_batch(english, num_threads=3) == reference.encode(english)
+    assert [tokenizer.decode(tokenizer.encode(line)) for line in english] == english
+    assert tokenizer.decode([1, *tokenizer.encode("the river"), 2]) == "the river"
+    assert [tokenizer.piece(id) for id in range(300)] == [reference.id_to_piece(id) for id in range(300)]
+
+
+def test_json_folder(byte_level: Path, english: list[str]) -> None:
+    tokenizer = load_tokenizer(byte_level)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, None)
+    assert tokenizer.vocab_size == 400
+    long = " ".join(english[:20]) + " 静か\t🙂"
+    assert len(tokenizer.encode(long)) > 4, "a truncation stored in the file must not cut texts"
+    assert tokenizer.decode([0, *tokenizer.encode(long), 1]) == long
+    assert tokenizer.encode_batch(english) == [tokenizer.encode(line) for line in english]
+
+
+def test_spelled_specials_are_text(base: Path, byte_level: Path) -> None:
+    for folder, text in ((base, "a</s>b"), (byte_level, "a<|end|>b")):
+        tokenizer = load_tokenizer(folder)
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos_id not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_what_is_read(base: Path, byte_level: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    shutil.copy(byte_level / "tokenizer.json", both / "tokenizer.json")
+    assert load_tokenizer(both).path.name == "tokenizer.model"
+    assert load_tokenizer(both / "tokenizer.json").vocab_size == 400
+    shutil.copy(base / "tokenizer.model", tmp_path / "other.model")
+    assert load_tokenizer(str(tmp_path / "other.model")).sha256 == load_tokenizer(base).sha256
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "notes.txt", "damaged.model", "damaged.json"])
+def test_what_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "damaged.model").write_bytes(b"not a model")
+    (tmp_path / "damaged.json").write_text('{"version"')
+    with pytest.raises(TokenizerError, match=name):
+        load_tokenizer(tmp_path / name)
+
+
+def test_bad_texts_and_ids(base: Path, byte_level: Path) -> None:
+    for folder in (base, byte_level):
+        tokenizer = load_tokenizer(folder)
+        with pytest.raises(TokenizerError, match="surrogate"):
+            tokenizer.encode("a\ud800")
+        for id in (-1, tokenizer.vocab_size):
+            with pytest.raises(TokenizerError, match="expected 0 to"):
+                tokenizer.decode([id])
+            with pytest.raises(TokenizerError, match="expected 0 to"):
+                tokenizer.piece(id)
+
+
+def test_no_torch() -> None:
+    code = "import sys, megatron_cpt.tokenizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
