@@ -66,7 +66,6 @@ class Layers:
         for key, value in layer.items():
             here = (*path, str(key))
             if not isinstance(value, dict):
-                self._forget(here)
                 tree[str(key)] = value
                 self.origins[here] = origin
                 continue
