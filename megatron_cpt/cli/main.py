@@ -23,7 +23,7 @@ VERBS = {
     "checkpoint": "Convert, verify and show checkpoints.",
     "train": "Train one job, starting its processes where nobody else did.",
     "evaluate": "Bits per byte of a model on held-out text.",
-    "report": "Show what runs have reached, side by side.",
+    "report": "Write a run's report again from its files.",
     "doctor": "Show the device, the versions, and which implementation each op would use.",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -37,7 +37,7 @@ def available_verbs() -> dict[str, str]:
 
 def usage() -> str:
     """The text of `megatron-cpt --help`."""
-    verbs = "\n".join(f"  {verb:<11}{text}" for verb, text in available_verbs().items())
+    verbs = "\n".join(f"  {verb:<12}{text}" for verb, text in available_verbs().items())
     return (
         "usage: megatron-cpt VERB ...\n\n"
         "Continue the pre-training of a Llama in another language, vocabulary included.\n\n"

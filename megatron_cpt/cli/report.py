@@ -1,4 +1,4 @@
-"""`megatron-cpt report`: what runs have reached, side by side."""
+"""`megatron-cpt report`: a run's report again from its files."""
 
 from __future__ import annotations
 
@@ -9,35 +9,26 @@ import typer
 
 from megatron_cpt.cli.console import JsonOption, emit
 
-app = typer.Typer(help="Show what runs have reached, side by side.")
+app = typer.Typer(help="Write a run's report again from its files.")
 
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Output folders of finished runs.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder of a finished run.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Print bits per byte, bytes per token and speed of one or several runs."""
-    from megatron_cpt.reporting import read_report
+    """Write report.md and its picture again from report.json, and print the report."""
+    from megatron_cpt.reporting import read_report, write_report
 
-    emit({"runs": {str(folder): read_report(folder) for folder in folders}}, as_json, _render)
+    found = read_report(folder)
+    write_report({key: value for key, value in found.items() if key != "history"}, found.get("history", []), folder)
+    emit(found, as_json, lambda _: _text_of(folder))
 
 
-def _render(value: dict[str, Any]) -> Any:
-    from rich.table import Table
+def _text_of(folder: Path) -> Any:
+    from rich.text import Text
 
-    table = Table(box=None)
-    for column in ("run", "language", "base", "after surgery", "adapted", "change", "bytes/token", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("run", "language") else "right")
-    for folder, run in value["runs"].items():
-        for number, (language, bits) in enumerate(run["bits_per_byte"].items()):
-            lengths = run["bytes_per_token"][language]
-            table.add_row(
-                folder if number == 0 else "",
-                language,
-                *(f"{bits[moment]:.4f}" for moment in ("base", "after_surgery", "adapted")),
-                f"{bits['adapted'] - bits['base']:+.4f}",
-                f"{lengths['base']:.2f} -> {lengths['adapted']:.2f}",
-                f"{run['train']['tokens_per_second']:,.0f}" if number == 0 else "",
-            )
-    return table
+    from megatron_cpt.reporting.report import REPORT_MD
+
+    # Text, not a string: rich would read what stands in brackets as its own markup.
+    return Text((folder / REPORT_MD).read_text(encoding="utf-8"))

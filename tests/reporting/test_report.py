@@ -101,15 +101,17 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
-def test_runs_are_shown_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("one", "two"):
-        write_report(complete_report(), HISTORY, tmp_path / name)
-    folders = [str(tmp_path / name) for name in ("one", "two")]
-    assert main(["report", *folders]) == 0
-    assert capsys.readouterr().out.count("-1.3000") == 2
-    assert main(["report", *folders, "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["runs"]) == folders
-    assert main(["report", str(tmp_path / "three")]) == 2
+def test_a_report_is_written_again_from_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(complete_report(), HISTORY, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for path in [tmp_path / "report.md", *tmp_path.glob("*.png")]:
+        path.unlink()
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == text.strip() == (tmp_path / "report.md").read_text("utf-8").strip()
+    assert list(tmp_path.glob("*.png"))
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == read_report(tmp_path) == {**complete_report(), "history": HISTORY}
+    assert main(["report", str(tmp_path / "elsewhere")]) == 2
 
 
 def pixels_of(path: Path, colour: str) -> np.ndarray:
