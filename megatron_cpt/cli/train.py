@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption
+from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit
 
 app = typer.Typer(help="Train one job, starting its processes where nobody else did.")
 
@@ -24,13 +24,13 @@ def train(
 
     Under torchrun or Slurm this process is one rank; otherwise --nproc ranks are started here.
     """
-    from megatron_cpt.cli.plan import show_plan
+    from megatron_cpt.cli.plan import describe, render
     from megatron_cpt.config.loading import load_config
     from megatron_cpt.config.schema import TrainConfig
 
     resolved = load_config(config, TrainConfig, overrides or [])
     if dry_run:
-        show_plan(resolved, nproc, as_json)
+        emit(describe(resolved, nproc), as_json, lambda value: render(value, resolved))
         return
     from megatron_cpt.training.job import prepare, run_job
 
@@ -43,4 +43,5 @@ def train(
 
         train_rank(prepare(resolved.config))
         return
-    print(run_job(resolved.config, nproc))
+    folder = str(run_job(resolved.config, nproc))
+    emit({"checkpoint": folder}, as_json, lambda value: value["checkpoint"])

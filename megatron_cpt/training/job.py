@@ -19,7 +19,7 @@ from megatron_cpt.runtime.launcher import launch
 from megatron_cpt.tokenizer import load_tokenizer
 
 INITIAL = "initial"
-OWN_FILES = {"logs", ".lock", INITIAL, "run.json"}
+OWN_FILES = {"logs", ".lock", INITIAL, "run.json"}  # what may be there before the first step
 
 
 def run_job(config: TrainConfig, num_processes: int) -> Path:

@@ -14,12 +14,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megatron_cpt.checkpoint import read_checkpoint_manifest
+from megatron_cpt.config.manifest import write_json_atomic
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
 from megatron_cpt.data import IndexedDataset, SamplePlan, batch, validation_windows
 from megatron_cpt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megatron_cpt.model.llama import build_model, engine_config
 from megatron_cpt.planning.flops import flops_per_token
 from megatron_cpt.planning.layout import Layout, check_layout
+from megatron_cpt.planning.parameters import count_parameters
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import seed_everything
 from megatron_cpt.runtime.mesh import Mesh, start_mesh, world_from_environment
@@ -133,6 +135,15 @@ class Trainer:
             "inputs": {"data_order": inputs.plan.state_hash},
         }
         self.micro_batches_per_step = layout.num_micro_batches
+        peak, peak_from = current_device().flops_bound()
+        self.facts_of_job = {
+            "world_size": mesh.world.size,
+            "layout": layout.name,
+            "device": current_device().name,
+            "parameters": count_parameters(inputs.shape, manifest["vocab_size"]).total,
+            "peak_flops_per_process": peak,
+            "peak_flops_from": peak_from,
+        }
 
     def _distribute(self, chunk: torch.nn.Module, index: int) -> DistributedDataParallel:
         parallel = self.config.parallel
@@ -162,6 +173,8 @@ class Trainer:
                 if self.is_main:
                     print(f"{self.output}: all {step} steps are done already", flush=True)
                 return
+            if self.is_main:
+                write_json_atomic(self.output / "job.json", self.facts_of_job)
             log = MetricsLog(self.output, config.train_steps, step) if self.is_main else None
             try:
                 self._train(step, log)
@@ -312,8 +325,7 @@ class _Meter:
         self.flops_per_token = flops_per_token(
             trainer.inputs.shape, trainer.inputs.manifest["vocab_size"], config.batch.seq_length
         )
-        peak = current_device().peak_flops
-        self.peak_flops = peak * trainer.mesh.world.size if peak else None
+        self.peak_flops = trainer.facts_of_job["peak_flops_per_process"] * trainer.mesh.world.size
         self.steps, self.since, self.left_out = 0, time.perf_counter(), 0.0
 
     def add(self) -> None:
@@ -335,5 +347,5 @@ class _Meter:
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": rate,
             "bytes_per_second": rate * self.bytes_per_token,
-            "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "mfu": rate * self.flops_per_token / self.peak_flops,
         }

@@ -35,12 +35,11 @@ class MetricsLog:
         elapsed = time.monotonic() - self._started
         done = record["step"] - self._first_step
         eta = elapsed / done * (self.train_steps - record["step"])
-        mfu = f"{record['mfu']:6.1%}" if record["mfu"] is not None else "     -"
         print(
             f"step {record['step']:>{len(str(self.train_steps))}}/{self.train_steps} | loss {record['loss']:7.4f} | "
             f"LR {record['learning_rate']:.2e} | grad {record['grad_norm']:6.3f} | "
             f"{_short(record['tokens_per_second'])} tokens/s | {_short(record['bytes_per_second'])} bytes/s | "
-            f"MFU {mfu} | ETA {_clock(eta)}",
+            f"MFU {record['mfu']:5.1%} | ETA {_clock(eta)}",
             flush=True,
         )
 

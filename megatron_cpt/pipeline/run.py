@@ -1,0 +1,289 @@
+"""The whole path of a recipe: base, tokenizer, surgery, data, training, export, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.checkpoint import convert, verify
+from megatron_cpt.config.loading import Resolved
+from megatron_cpt.config.manifest import read_json, write_json_atomic, write_text_atomic
+from megatron_cpt.config.schema import (
+    DataSource,
+    LearnConfig,
+    LlamaShape,
+    RunConfig,
+    TrainConfig,
+    TrainDataConfig,
+    ValidationSource,
+)
+from megatron_cpt.data import build_dataset
+from megatron_cpt.data.world import write_world
+from megatron_cpt.errors import ConfigError, VerificationError
+from megatron_cpt.evaluation import logit_parity
+from megatron_cpt.pipeline.corpus import Corpus, open_corpora, world_corpora
+from megatron_cpt.pipeline.measuring import Paths, tokenizer_facts, write_run_report
+from megatron_cpt.pipeline.steps import Steps
+from megatron_cpt.surgery import apply_surgery, plan_surgery
+from megatron_cpt.tokenizer import VocabMap, extend_tokenizer, train_tokenizer
+from megatron_cpt.training.job import last_checkpoint, run_job
+
+PARITY_FP32 = 1e-4  # largest difference of fp32 logits that the export of an fp32 run may have
+
+
+def run(resolved: Resolved[RunConfig]) -> dict[str, Any]:
+    """Walk the whole path; what was done before with the same settings and texts is not done again.
+
+    Returns:
+        the report, as written to `report.json` in the run's folder.
+
+    Raises:
+        CptError: the first step that fails; everything before it is kept and found again.
+    """
+    return Run(resolved).walk()
+
+
+class Run:
+    """One run folder and the steps that fill it."""
+
+    def __init__(self, resolved: Resolved[RunConfig]) -> None:
+        self.resolved, self.config = resolved, resolved.config
+        self.root = Path(self.config.output)
+        self.paths = Paths(self.root, self.config)
+        self.steps = Steps(self.root, total=9)
+        self.source: Corpus
+        self.target: Corpus
+
+    def walk(self) -> dict[str, Any]:
+        """Do every step in order; returns the report."""
+        if self.config.data.builtin is None:
+            open_corpora(self.config.data)  # a missing file is refused before anything is written
+        self._claim()
+        self._text()
+        self._base_tokenizer()
+        self._base_model()
+        self._adapt_tokenizer()
+        self._surgery()
+        self._shards()
+        self._adapt()
+        self._export()
+        return self.steps.do(
+            "report",
+            "measure base, surgery and result; write the report",
+            {},
+            ("export",),
+            lambda: write_run_report(self.resolved, self.paths, self.steps, self.source, self.target),
+        )
+
+    def _claim(self) -> None:
+        """Take the folder for this configuration, or refuse one that holds another."""
+        record = self.root / "run.json"
+        if record.exists():
+            held = read_json(record, ConfigError)
+            if held.get("config_hash") != self.resolved.hash:
+                raise ConfigError(
+                    f"{self.root} holds another run ({held.get('name')}, configuration "
+                    f"{str(held.get('config_hash'))[:12]}..., now {self.resolved.hash[:12]}...); give --set "
+                    f"output=FOLDER, or take the settings of {self.root / 'config.yaml'}"
+                )
+        elif self.root.exists() and any(self.root.iterdir()):
+            raise ConfigError(f"{self.root} is not empty and holds no run; give --set output=FOLDER")
+        write_text_atomic(self.root / "config.yaml", self.resolved.dump())
+        write_json_atomic(record, {"name": self.config.name, "config_hash": self.resolved.hash})
+
+    def _text(self) -> None:
+        data, seed, folder = self.config.data, self.config.seed, self.paths.text
+        if data.builtin == "world":
+            languages = (data.source_language, data.target_language)
+            self.steps.do(
+                "text",
+                "write the bilingual world",
+                {"seed": seed, "data": data.model_dump()},
+                (),
+                lambda: write_world(folder, seed, data.world_documents, *languages),
+                folder=folder,
+            )
+            self.source, self.target = world_corpora(data, folder)
+        else:
+            self.source, self.target = open_corpora(data)
+            hashes = {**self.source.hashes(), **self.target.hashes()}
+            self.steps.do("text", "read the texts", {"files": hashes, "data": data.model_dump()}, (), self._count)
+
+    def _count(self) -> dict[str, Any]:
+        """Read every document once: a broken file stops the run here, before anything is trained."""
+        return {
+            corpus.language: {
+                "train_documents": sum(1 for _ in corpus.train()),
+                "held_out_documents": len(corpus.held_out()),
+            }
+            for corpus in (self.source, self.target)
+        }
+
+    def _base_tokenizer(self) -> None:
+        base, folder = self.config.base, self.paths.own_base / "tokenizer"
+        settings = {"path": base.path, "vocab_size": base.vocab_size}
+        if base.path is not None:
+            self.steps.do("base_tokenizer", f"take the tokenizer of {base.path}", settings, ("text",), dict)
+            return
+
+        def train() -> dict[str, Any]:
+            texts = (document.text for document in self.source.train())
+            language = self.source.language
+            return dataclasses.asdict(train_tokenizer(texts, base.vocab_size, folder, language=language))
+
+        title = f"train the base's tokenizer on {self.source.language} text"
+        self.steps.do("base_tokenizer", title, settings, ("text",), train, folder=folder)
+
+    def _base_model(self) -> None:
+        base, paths = self.config.base, self.paths
+        settings = {**base.model_dump(), "seed": self.config.seed}
+        if base.path is not None:
+            self.steps.do("base", f"take the base model {base.path}", settings, ("base_tokenizer",), dict)
+            return
+        assert base.train is not None and base.shape is not None  # a rule of the configuration
+
+        def train() -> dict[str, Any]:
+            assert base.train is not None
+            source = self.source
+            prefixes = self._build(paths.own_base / "shards", paths.base_tokenizer, {"train": source, "held_out": source})
+            data = self._sources({prefixes["train"]: (source, 1.0)}, {prefixes["held_out"]: source})
+            job = self._job(base.train, paths.own_base / "train", paths.base_tokenizer, data, shape=base.shape)
+            checkpoint = run_job(job, base.train.num_processes)
+            return convert(checkpoint, paths.base_model, "hf", tokenizer=paths.base_tokenizer, dtype=None)
+
+        title = f"train the base model on {self.source.language} text"
+        self.steps.do("base", title, settings, ("base_tokenizer",), train, folder=paths.own_base / "train", resumable=True)
+
+    def _adapt_tokenizer(self) -> None:
+        tokenizer, paths, target = self.config.tokenizer, self.paths, self.target
+
+        def adapt() -> dict[str, Any]:
+            facts: dict[str, Any] = {}
+            if tokenizer.method == "extend":
+                facts["extension"] = dataclasses.asdict(
+                    extend_tokenizer(
+                        paths.base_tokenizer,
+                        (document.text for document in target.train()),
+                        tokenizer.num_pieces,
+                        tokenizer.script,
+                        tokenizer.divisor,
+                        paths.tokenizer,
+                        target.language,
+                    )
+                )
+            return {**facts, **tokenizer_facts(paths, self.source, target)}
+
+        extend = tokenizer.method == "extend"
+        title = f"extend the tokenizer for {target.language}" if extend else "keep the base's tokenizer"
+        folder = paths.tokenizer if extend else None
+        self.steps.do("tokenizer", title, tokenizer.model_dump(), ("base_tokenizer",), adapt, folder=folder)
+
+    def _surgery(self) -> None:
+        surgery, paths = self.config.surgery, self.paths
+        if self.config.tokenizer.method == "none":
+            self.steps.do("surgery", "no surgery: the vocabulary is the base's", {}, ("base", "tokenizer"), dict)
+            return
+
+        def operate() -> dict[str, Any]:
+            vocab_map = VocabMap.load(paths.tokenizer / "vocab_map.json")
+            plan = plan_surgery(vocab_map, surgery.embedding, surgery.head)
+            plan.save(paths.surgery / "plan", paths.tokenizer)
+            return apply_surgery(plan, paths.base_model, paths.operated_model, paths.tokenizer)
+
+        title = f"vocabulary surgery: {surgery.embedding} for the embedding, {surgery.head} for the head"
+        self.steps.do("surgery", title, surgery.model_dump(), ("base", "tokenizer"), operate, folder=paths.surgery)
+
+    def _shards(self) -> None:
+        paths = self.paths
+
+        def build() -> dict[str, Any]:
+            for corpus in (self.source, self.target):
+                names = {f"{corpus.language}.train": corpus, f"{corpus.language}.held_out": corpus}
+                self._build(paths.shards, paths.tokenizer, names)
+                held_out = corpus.held_out()
+                build_dataset(held_out, paths.base_tokenizer, paths.base_held_out(corpus.language), corpus.language)
+            return {}
+
+        title = "tokenise both languages into indexed datasets"
+        self.steps.do("shards", title, {}, ("tokenizer",), build, folder=paths.shards)
+
+    def _adapt(self) -> None:
+        learn, paths = self.config.train, self.paths
+        source, target = self.source, self.target
+
+        def train() -> dict[str, Any]:
+            shares = {target: 1.0 - learn.replay, source: learn.replay}
+            data = self._sources(
+                {str(paths.shards / f"{c.language}.train"): (c, share) for c, share in shares.items() if share > 0},
+                {str(paths.shards / f"{c.language}.held_out"): c for c in (source, target)},
+            )
+            job = self._job(learn, paths.train, paths.tokenizer, data, initial=paths.operated_model)
+            return {"checkpoint": str(run_job(job, learn.num_processes))}
+
+        title = f"continue pre-training on {target.language} with {learn.replay:.0%} {source.language}"
+        needs = ("surgery", "shards")
+        settings = {**learn.model_dump(), "seed": self.config.seed, "vocab_divisor": self.config.vocab_divisor}
+        self.steps.do("train", title, settings, needs, train, folder=paths.train, resumable=True)
+
+    def _export(self) -> None:
+        paths = self.paths
+
+        def export() -> dict[str, Any]:
+            checkpoint = last_checkpoint(paths.train)
+            convert(checkpoint, paths.exported_model, "hf", tokenizer=paths.tokenizer)
+            verified = verify(checkpoint, paths.exported_model)
+            parity = logit_parity(paths.exported_model, checkpoint / "proof.safetensors")
+            if self.config.train.precision == "fp32" and parity["max_abs_diff"] > PARITY_FP32:
+                raise VerificationError(
+                    f"the logits of {paths.exported_model} differ from the trained model's by "
+                    f"{parity['max_abs_diff']:.1e}, expected at most {PARITY_FP32:.0e}; do not use the export"
+                )
+            return {"verified_tensors": verified["tensors"], "logit_parity": parity}
+
+        title = "export to Hugging Face and verify: every tensor, and the logits"
+        self.steps.do("export", title, {}, ("train",), export, folder=paths.exported_model)
+
+    def _build(self, folder: Path, tokenizer: Path, corpora: dict[str, Corpus]) -> dict[str, str]:
+        """Build one dataset for each name; a name that ends in "held_out" takes the held-out texts."""
+        prefixes = {}
+        for name, corpus in corpora.items():
+            prefix = folder / name
+            documents = corpus.held_out() if name.endswith("held_out") else corpus.train()
+            build_dataset(documents, tokenizer, prefix, corpus.language, num_threads=2, overwrite=True)
+            prefixes[name] = str(prefix)
+        return prefixes
+
+    def _sources(self, train: dict[str, tuple[Corpus, float]], validation: dict[str, Corpus]) -> TrainDataConfig:
+        return TrainDataConfig(
+            train=tuple(
+                DataSource(prefix=prefix, language=corpus.language, weight=share)
+                for prefix, (corpus, share) in train.items()
+            ),
+            validation=tuple(
+                ValidationSource(prefix=prefix, language=corpus.language) for prefix, corpus in validation.items()
+            ),
+        )
+
+    def _job(
+        self,
+        learn: LearnConfig,
+        output: Path,
+        tokenizer: Path,
+        data: TrainDataConfig,
+        *,
+        shape: LlamaShape | None = None,
+        initial: Path | None = None,
+    ) -> TrainConfig:
+        """The training job of a recipe's section."""
+        shared = {name: getattr(learn, name) for name in LearnConfig.model_fields if name in TrainConfig.model_fields}
+        return TrainConfig(
+            output=str(output),
+            tokenizer=str(tokenizer),
+            shape=shape,
+            initial_checkpoint=str(initial) if initial else None,
+            seed=self.config.seed,
+            data=data,
+            vocab_divisor=self.config.vocab_divisor,
+            **shared,
+        )
