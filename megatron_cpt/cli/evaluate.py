@@ -16,8 +16,12 @@ app = typer.Typer(help="Bits per byte of a model on held-out text.")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of the model: Hugging Face or torch_dist.")],
     text: Annotated[list[str], typer.Option(help="LANGUAGE=FILE (jsonl, txt, parquet; plain, gz or zst). Repeatable.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or file of the tokenizer. Default: the model's.")] = None,
-    seq_length: Annotated[int | None, typer.Option(help="Context in tokens. Default: the model's, at most 4096.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or file of the tokenizer. Default: the model's.")
+    ] = None,
+    seq_length: Annotated[
+        int | None, typer.Option(help="Context in tokens. Default: the model's, at most 4096.")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field (column) that holds the text.")] = "text",
     as_json: JsonOption = False,
 ) -> None:

@@ -39,7 +39,9 @@ def _summary(report: dict[str, Any], output: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="bits per byte of held-out text (less is better)", title_justify="left", box=None, header_style="")
+    table = Table(
+        title="bits per byte of held-out text (less is better)", title_justify="left", box=None, header_style=""
+    )
     for name in ("language", "base", "after surgery", "adapted", "bytes/token base", "adapted"):
         table.add_column(name, justify="left" if name == "language" else "right")
     for language, row in report["bits_per_byte"].items():

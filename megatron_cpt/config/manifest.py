@@ -84,7 +84,9 @@ def write_manifest(path: str | os.PathLike[str], kind: str, inputs: Mapping[str,
 def read_manifest(path: str | os.PathLike[str], kind: str, error: type[InputError] = InputError) -> dict[str, Any]:
     """Read a manifest and check its kind; raises `error` where it is missing or of another kind."""
     if not os.path.exists(path):
-        raise error(f"{path} is missing: the artefact beside it is unfinished or was not made by this tool; make it again")
+        raise error(
+            f"{path} is missing: the artefact beside it is unfinished or was not made by this tool; make it again"
+        )
     manifest = read_json(path, error)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         got = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__

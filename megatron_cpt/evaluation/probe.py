@@ -32,7 +32,8 @@ def probe_accuracy(
         `accuracy`, its `standard_error`, `chance`, `questions`.
     """
     texts = [prompt + answer for prompt, right, wrong in questions for answer in (right, *wrong)]
-    nats = [score for at in range(0, len(texts), TEXTS_PER_PASS) for score in _nats(forward, tokenizer, texts[at:][:TEXTS_PER_PASS])]
+    passes = [texts[at : at + TEXTS_PER_PASS] for at in range(0, len(texts), TEXTS_PER_PASS)]
+    nats = [score for some in passes for score in _nats(forward, tokenizer, some)]
     right, at, chance = 0, 0, 0.0
     for _, _, wrong in questions:
         scores = nats[at : at + 1 + len(wrong)]

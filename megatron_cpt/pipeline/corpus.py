@@ -60,7 +60,8 @@ class Corpus:
                 "with one id before '#' are one work) or another fraction"
             )
         candidates.sort(key=lambda document: hashlib.sha256(document.text.encode()).digest())
-        chosen, size = [], 0
+        chosen: list[Document] = []
+        size = 0
         for document in candidates:
             if chosen and size + len(document.text.encode()) > self.held_out_bytes:
                 break
@@ -111,6 +112,8 @@ def read_probe(folder: Path) -> dict[str, list[tuple[str, str, list[str]]]]:
     """The world's questions in both languages: language -> (prompt, answer, wrong answers)."""
     items = read_json(folder / "probe.json", DataError)
     return {
-        "en": [(i["source_prompt"], " " + i["source_answer"], [" " + x for x in i["source_distractors"]]) for i in items],
+        "en": [
+            (i["source_prompt"], " " + i["source_answer"], [" " + x for x in i["source_distractors"]]) for i in items
+        ],
         "ja": [(i["prompt"], i["answer"], i["distractors"]) for i in items],
     }

@@ -91,7 +91,9 @@ def tokenizer_facts(paths: Paths, source: Corpus, target: Corpus) -> dict[str, A
     """Bytes per token before and after, source lines cut differently, fast against slow."""
     old, new = load_tokenizer(paths.base_tokenizer), load_tokenizer(paths.tokenizer)
     texts = {corpus.language: [document.text for document in corpus.held_out()] for corpus in (source, target)}
-    lines = {language: [line for text in held for line in text.splitlines() if line] for language, held in texts.items()}
+    lines = {
+        language: [line for text in held for line in text.splitlines() if line] for language, held in texts.items()
+    }
     per_token = {
         language: {"base": measure(old, held)["bytes_per_token"], "adapted": measure(new, held)["bytes_per_token"]}
         for language, held in texts.items()

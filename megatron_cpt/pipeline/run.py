@@ -146,14 +146,18 @@ class Run:
         def train() -> dict[str, Any]:
             assert base.train is not None
             source = self.source
-            prefixes = self._build(paths.own_base / "shards", paths.base_tokenizer, {"train": source, "held_out": source})
+            prefixes = self._build(
+                paths.own_base / "shards", paths.base_tokenizer, {"train": source, "held_out": source}
+            )
             data = self._sources({prefixes["train"]: (source, 1.0)}, {prefixes["held_out"]: source})
             job = self._job(base.train, paths.own_base / "train", paths.base_tokenizer, data, shape=base.shape)
             checkpoint = run_job(job, base.train.num_processes)
             return convert(checkpoint, paths.base_model, "hf", tokenizer=paths.base_tokenizer, dtype=None)
 
         title = f"train the base model on {self.source.language} text"
-        self.steps.do("base", title, settings, ("base_tokenizer",), train, folder=paths.own_base / "train", resumable=True)
+        self.steps.do(
+            "base", title, settings, ("base_tokenizer",), train, folder=paths.own_base / "train", resumable=True
+        )
 
     def _adapt_tokenizer(self) -> None:
         tokenizer, paths, target = self.config.tokenizer, self.paths, self.target

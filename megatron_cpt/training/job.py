@@ -100,4 +100,3 @@ def _refuse_foreign(output: Path) -> None:
         raise ConfigError(
             f"{output} is not empty ({', '.join(foreign[:3])}) and holds no training run; choose another output folder"
         )
-

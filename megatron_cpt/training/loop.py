@@ -89,7 +89,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     if manifest["tokenizer_sha256"] not in (None, tokenizer.sha256):
         raise CheckpointError(
             f"{initial} was made for another tokenizer (SHA-256 {manifest['tokenizer_sha256'][:12]}...) than "
-            f"{tokenizer.path} ({tokenizer.sha256[:12]}...), though their sizes agree; give the tokenizer it was made for"
+            f"{tokenizer.path} ({tokenizer.sha256[:12]}...), though their sizes agree; give the one it was made for"
         )
     seq_length = config.batch.seq_length
     sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]
@@ -136,6 +136,7 @@ class Trainer:
         }
         self.micro_batches_per_step = layout.num_micro_batches
         peak, peak_from = current_device().flops_bound()
+        self.peak_flops = peak * mesh.world.size
         self.facts_of_job = {
             "world_size": mesh.world.size,
             "layout": layout.name,
@@ -325,7 +326,7 @@ class _Meter:
         self.flops_per_token = flops_per_token(
             trainer.inputs.shape, trainer.inputs.manifest["vocab_size"], config.batch.seq_length
         )
-        self.peak_flops = trainer.facts_of_job["peak_flops_per_process"] * trainer.mesh.world.size
+        self.peak_flops = trainer.peak_flops
         self.steps, self.since, self.left_out = 0, time.perf_counter(), 0.0
 
     def add(self) -> None:

@@ -46,14 +46,13 @@ class AdamW(torch.optim.Optimizer):
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params)
+                self._update(group, params, [p.grad for p in params])
 
-    def _update(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        gradients = [p.grad for p in params]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
         (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]

@@ -82,7 +82,9 @@ def lock_run_folder(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"another job is training in {output}; wait for it or choose another output folder") from None
+            raise ConfigError(
+                f"another job is training in {output}; wait for it or choose another output folder"
+            ) from None
         yield
 
 
@@ -169,7 +171,7 @@ def resume(model: Sequence[Any], optimizer: Any, output: Path) -> int:
         return 0
     step, folder = complete[-1]
     if read_checkpoint_manifest(folder)["step"] != step:
-        raise CheckpointError(f"{folder}/{MANIFEST} names another step than its folder; remove the folder and resume again")
+        raise CheckpointError(f"{folder}/{MANIFEST} names another step than its folder; remove the folder and resume")
     state = model_state(model)
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=OPTIMIZER_METADATA)
     loaded = dist_checkpointing.load(state, str(folder))

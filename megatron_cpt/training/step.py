@@ -132,11 +132,8 @@ def full_logits(model: Sequence[Any], mesh: Mesh, tokens_N: Tensor) -> Tensor | 
 def _forward_step(num_groups: int) -> Callable[..., Any]:
     def loss_function(groups_N: Tensor, labels_N: Tensor, loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scored_N = labels_N != IGNORED
-        detached_N = loss_N.detach().double()
-        sums = torch.stack([
-            torch.zeros(num_groups, dtype=torch.float64, device=loss_N.device).index_add_(0, groups_N, detached_N),
-            torch.zeros(num_groups, dtype=torch.float64, device=loss_N.device).index_add_(0, groups_N, scored_N.double()),
-        ])
+        sums = torch.zeros(2, num_groups, dtype=torch.float64, device=loss_N.device)
+        sums.index_add_(1, groups_N, torch.stack([loss_N.detach(), scored_N]).double())
         return loss_N.sum(), scored_N.sum().int(), sums
 
     def forward_step(micro_batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
