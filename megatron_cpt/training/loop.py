@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,22 +186,18 @@ class Trainer:
     @contextmanager
     def _run_folder(self) -> Iterator[None]:
         """Rank 0 holds the lock and checks the identity; its refusal is everybody's."""
-        failure: list[Exception | None] = [None]
-        lock = lock_run_folder(self.output)
-        if self.is_main:
-            try:
-                lock.__enter__()
-                claim_run_folder(self.output, run_identity(self.config, self.inputs.plan.state_hash))
-            except ConfigError as caught:
-                failure = [caught]
-        torch.distributed.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise failure[0]
-        try:
-            yield
-        finally:
+        refusal: list[ConfigError | None] = [None]
+        with ExitStack() as stack:
             if self.is_main:
-                lock.__exit__(None, None, None)
+                try:
+                    stack.enter_context(lock_run_folder(self.output))
+                    claim_run_folder(self.output, run_identity(self.config, self.inputs.plan.state_hash))
+                except ConfigError as caught:
+                    refusal = [caught]
+            torch.distributed.broadcast_object_list(refusal, src=0)
+            if refusal[0] is not None:
+                raise refusal[0]
+            yield
 
     def _train(self, step: int, log: MetricsLog | None) -> None:
         config = self.config
