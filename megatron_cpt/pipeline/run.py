@@ -25,6 +25,7 @@ from megatron_cpt.evaluation import logit_parity
 from megatron_cpt.pipeline.corpus import Corpus, open_corpora, world_corpora
 from megatron_cpt.pipeline.measuring import Paths, tokenizer_facts, write_run_report
 from megatron_cpt.pipeline.steps import Steps
+from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.surgery import apply_surgery, plan_surgery
 from megatron_cpt.tokenizer import VocabMap, extend_tokenizer, train_tokenizer
 from megatron_cpt.training.job import last_checkpoint, run_job
@@ -59,6 +60,11 @@ class Run:
         """Do every step in order; returns the report."""
         if self.config.data.builtin is None:
             open_corpora(self.config.data)  # a missing file is refused before anything is written
+        self._refuse_foreign()
+        with lock_folder(self.root):
+            return self._walk()
+
+    def _walk(self) -> dict[str, Any]:
         self._claim()
         self._text()
         self._base_tokenizer()
@@ -76,8 +82,16 @@ class Run:
             lambda: write_run_report(self.resolved, self.paths, self.steps, self.source, self.target),
         )
 
+    def _refuse_foreign(self) -> None:
+        """Refuse a folder with something in it that no run put there."""
+        held = {path.name for path in self.root.iterdir()} - {".lock"} if self.root.exists() else set()
+        if held and "run.json" not in held:
+            raise ConfigError(
+                f"{self.root} is not empty ({', '.join(sorted(held)[:3])}) and holds no run; give --set output=FOLDER"
+            )
+
     def _claim(self) -> None:
-        """Take the folder for this configuration, or refuse one that holds another."""
+        """Take the folder for this configuration, or refuse one that holds another run."""
         record = self.root / "run.json"
         if record.exists():
             held = read_json(record, ConfigError)
@@ -87,8 +101,6 @@ class Run:
                     f"{str(held.get('config_hash'))[:12]}..., now {self.resolved.hash[:12]}...); give --set "
                     f"output=FOLDER, or take the settings of {self.root / 'config.yaml'}"
                 )
-        elif self.root.exists() and any(self.root.iterdir()):
-            raise ConfigError(f"{self.root} is not empty and holds no run; give --set output=FOLDER")
         write_text_atomic(self.root / "config.yaml", self.resolved.dump())
         write_json_atomic(record, {"name": self.config.name, "config_hash": self.resolved.hash})
 

@@ -24,6 +24,7 @@ from megatron_cpt.planning.layout import Layout, check_layout
 from megatron_cpt.planning.parameters import count_parameters
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import seed_everything
+from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.runtime.mesh import Mesh, start_mesh, world_from_environment
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.training.metrics import MetricsLog
@@ -31,7 +32,6 @@ from megatron_cpt.training.optimizer import build_optimizer, learning_rate, set_
 from megatron_cpt.training.state import (
     claim_run_folder,
     load_weights,
-    lock_run_folder,
     resume,
     run_identity,
     save_checkpoint,
@@ -190,7 +190,7 @@ class Trainer:
         with ExitStack() as stack:
             if self.is_main:
                 try:
-                    stack.enter_context(lock_run_folder(self.output))
+                    stack.enter_context(lock_folder(self.output))
                     claim_run_folder(self.output, run_identity(self.config, self.inputs.plan.state_hash))
                 except ConfigError as caught:
                     refusal = [caught]

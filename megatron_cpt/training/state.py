@@ -7,12 +7,10 @@ checkpoint is written under a temporary name, its manifest last, and then rename
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +66,6 @@ def claim_run_folder(output: Path, identity: dict[str, Any]) -> None:
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + "; restore the setting to resume, or choose another output folder"
         )
-
-
-@contextmanager
-def lock_run_folder(output: Path) -> Iterator[None]:
-    """Hold the run folder for one job; the lock goes with the process, however it ends.
-
-    Raises:
-        ConfigError: another job is running in the folder.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"another job is training in {output}; wait for it or choose another output folder"
-            ) from None
-        yield
 
 
 def checkpoint_folders(output: Path) -> list[tuple[int, Path]]:
