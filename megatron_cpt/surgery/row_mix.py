@@ -113,7 +113,7 @@ class RowMix:
         first = self.indptr[wanted]
         new = old_VD.index_select(0, self.indices[first].to(old_VD.device))
         mixed = torch.nonzero(~self.copied()[wanted]).flatten()
-        for block in mixed.split(_BLOCK_ROWS):
+        for block in mixed.split(_BLOCK_ROWS) if len(mixed) else ():
             new[block.to(old_VD.device)] = self._mixed(old_VD, wanted[block]).to(old_VD.dtype)
         return new
 

@@ -86,29 +86,11 @@ def extend_tokenizer(
     old, model = _read_base(Path(base))
     if divisor < 1 or num_pieces < 1:
         raise TokenizerError(f"num_pieces is {num_pieces} and divisor {divisor}: expected both to be at least 1")
-    rule = script_rule(script)
+    script_rule(script)  # an unknown script is refused before the training
     reserved = 3 + (256 if model.rules.byte_fallback else 0)
     trained = train_model(texts, num_pieces + reserved, model.rules, model.normalizer, character_coverage)
-
     offered = [piece.text for piece in trained.model.pieces if piece.type is PieceType.NORMAL]
-    known = {piece.text for piece in model.pieces}
-    unknown = [text for text in offered if text not in known]
-    of_script = [text for text in unknown if rule.search(text)]
-    reachable = _reachable(model, of_script)
-    new = _rounded(model, reachable, divisor)
-    dropped = {
-        "in_base": len(offered) - len(unknown),
-        "script": len(unknown) - len(of_script),
-        "unreachable": len(of_script) - len(reachable),
-        "divisor": len(reachable) - len(new),
-    }
-    if not new:
-        raise TokenizerError(
-            f"no piece is left to append: of {len(offered)} trained pieces {dropped['in_base']} are in the base, "
-            f"{dropped['script']} have no character of script {script!r}, {dropped['unreachable']} are unreachable and "
-            f"{dropped['divisor']} were dropped to make the size a multiple of {divisor}; check the corpus and the "
-            "script, ask for more pieces, or use a smaller divisor"
-        )
+    new, dropped = _chosen(model, offered, script, divisor)
     report = ExtendReport(
         old_size=len(model.pieces),
         new_size=len(model.pieces) + len(new),
@@ -172,6 +154,30 @@ def _added_tokens(folder: Path, vocab_size: int) -> list[str]:
         except (AttributeError, KeyError, TypeError, ValueError) as caught:
             raise TokenizerError(f"{folder / name} lists added tokens in an unknown form ({caught!r})") from None
     return [found[id] for id in sorted(found) if id >= vocab_size]
+
+
+def _chosen(model: ModelFile, offered: Sequence[str], script: str, divisor: int) -> tuple[list[str], dict[str, int]]:
+    """The pieces to append, and how many were dropped for which reason."""
+    rule = script_rule(script)
+    known = {piece.text for piece in model.pieces}
+    unknown = [text for text in offered if text not in known]
+    of_script = [text for text in unknown if rule.search(text)]
+    reachable = _reachable(model, of_script)
+    new = _rounded(model, reachable, divisor)
+    dropped = {
+        "in_base": len(offered) - len(unknown),
+        "script": len(unknown) - len(of_script),
+        "unreachable": len(of_script) - len(reachable),
+        "divisor": len(reachable) - len(new),
+    }
+    if not new:
+        raise TokenizerError(
+            f"no piece is left to append: of {len(offered)} trained pieces {dropped['in_base']} are in the base, "
+            f"{dropped['script']} have no character of script {script!r}, {dropped['unreachable']} are unreachable and "
+            f"{dropped['divisor']} were dropped to make the size a multiple of {divisor}; check the corpus and the "
+            "script, ask for more pieces, or use a smaller divisor"
+        )
+    return new, dropped
 
 
 def _scored(model: ModelFile, texts: Sequence[str]) -> list[Piece]:

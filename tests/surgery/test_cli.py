@@ -1,0 +1,62 @@
+"""The verb `surgery` from end to end, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_cpt.checkpoint import open_hf
+from megatron_cpt.cli.main import main
+from megatron_cpt.tokenizer import load_tokenizer
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
+    """Output of a command that has to end well, from its JSON."""
+    capsys.readouterr()
+    assert main(["surgery", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_show_apply(
+    old_tokenizer: Path,
+    new_tokenizer: Path,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan, made = tmp_path / "plan", tmp_path / "made"
+    words = ["--old-tokenizer", old_tokenizer, "--new-tokenizer", new_tokenizer, "--output", plan]
+    run(capsys, "plan", *words, "--dry-run")
+    assert not plan.exists()
+    facts = run(capsys, "plan", *words, "--method", "mean")
+    shown = run(capsys, "show", plan)
+    assert shown.items() <= facts.items()
+    assert run(capsys, "show", plan, "--row", 5)["head"] == {"old_ids": [5], "weights": [1.0]}
+    assert main(["surgery", "show", str(plan)]) == 0
+    assert "rows new" in capsys.readouterr().out
+
+    # The plan holds the new tokenizer, so the base model is all that is needed beside it.
+    source = make_model(load_tokenizer(old_tokenizer).vocab_size)
+    written = run(capsys, "apply", plan, source, made)
+    assert written["new_size"] == open_hf(made).vocab_size == load_tokenizer(made).vocab_size
+
+
+def test_exit_codes(
+    old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, output = str(old_tokenizer), str(new_tokenizer), str(tmp_path / "plan")
+    wrong = [
+        ["plan", "--old-tokenizer", new, "--new-tokenizer", new, "--output", output],
+        ["plan", "--old-tokenizer", old, "--new-tokenizer", old, "--output", output],
+        ["plan", "--old-tokenizer", old, "--new-tokenizer", new, "--output", output, "--method", "magic"],
+        ["show", output],
+        ["apply", output, output, output],
+    ]
+    for words in wrong:
+        assert main(["surgery", *words]) == 2
+        assert capsys.readouterr().err.startswith("error:")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,81 @@
+"""The verb `tokenizer` from end to end, as a user types it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_cpt.cli.main import main
+from megatron_cpt.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def files(tmp_path: Path, english: list[str], japanese: list[str]) -> dict[str, Path]:
+    """English as two texts, Japanese as compressed jsonl."""
+    written = {name: tmp_path / name for name in ("en1.txt", "en2.txt", "ja.jsonl.gz")}
+    written["en1.txt"].write_text("\n\n".join(english[:200]), encoding="utf-8")
+    written["en2.txt"].write_text("\n\n".join(english[200:]), encoding="utf-8")
+    with gzip.open(written["ja.jsonl.gz"], "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"id": str(number), "body": line}) + "\n" for number, line in enumerate(japanese))
+    return written
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
+    """Output of a command that has to end well, from its JSON."""
+    capsys.readouterr()
+    assert main(["tokenizer", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_from_text_to_report(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, new = tmp_path / "base", tmp_path / "new"
+    english = [files["en1.txt"], files["en2.txt"]]
+    made = run(capsys, "train", "--corpus", *english, "--vocab-size", 420, "--output", base, "--language", "en")
+    assert made["vocab_size"] == load_tokenizer(base).vocab_size == 420 and made["lines"] == 400
+
+    words = [base, "--corpus", files["ja.jsonl.gz"], "--text-field", "body", "--num-pieces", 150, "--output", new]
+    assert run(capsys, "extend", *words, "--dry-run")["old_size"] == 420
+    assert not new.exists()
+    made = run(capsys, "extend", *words, "--script", "ja", "--divisor", 16)
+    assert made["new_size"] == load_tokenizer(new).vocab_size and made["new_size"] % 16 == 0
+
+    proof = run(capsys, "verify", new, "--text", *english)
+    assert proof["mismatches"] == 0 and proof["total"] > 400
+
+    text = [f"en={english[0]}", f"en={english[1]}"]
+    languages = run(capsys, "report", new, "--base", base, "--text", *text)["languages"]
+    assert languages["en"]["lines_changed"] == {"changed": 0, "total": 400, "examples": []}
+    ja = ("--text", f"ja={files['ja.jsonl.gz']}", "--text-field", "body")
+    languages = run(capsys, "report", new, "--base", base, *ja)["languages"]
+    assert languages["ja"]["lines_changed"]["changed"] == 400
+    assert languages["ja"]["adapted"]["bytes_per_token"] > languages["ja"]["base"]["bytes_per_token"]
+
+    assert main(["tokenizer", "report", str(new), "--base", str(base), *ja]) == 0
+    assert "400 of 400" in capsys.readouterr().out
+
+
+def test_exit_codes(
+    files: dict[str, Path], base: Path, extended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = ["--corpus", str(files["en1.txt"])]
+    wrong = [
+        ["extend", str(base), *corpus, "--num-pieces", "50", "--output", str(tmp_path / "new")],
+        ["extend", str(base), *corpus, "--num-pieces", "50", "--output", str(extended)],
+        ["train", "--corpus", str(tmp_path / "no.txt"), "--vocab-size", "400", "--output", str(tmp_path / "new")],
+        ["report", str(extended), "--base", str(base), "--text", str(files["en1.txt"])],
+        ["verify", str(tmp_path)],
+    ]
+    for words in wrong:
+        assert main(["tokenizer", *words]) == 2
+        assert capsys.readouterr().err.startswith("error:")
+    assert not (tmp_path / "new").exists()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in extended.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    assert main(["tokenizer", "verify", str(broken)]) == 1
