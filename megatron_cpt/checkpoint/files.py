@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
 import shutil
 import stat
@@ -18,6 +19,7 @@ from megatron_cpt.checkpoint.reader import num_bytes, raw_bytes
 from megatron_cpt.errors import CheckpointError
 
 PARTIAL = ".partial"
+OWN_PAGES_BYTES = 1 << 20
 
 
 def file_inside(folder: Path, name: str) -> Path:
@@ -47,9 +49,21 @@ def file_inside(folder: Path, name: str) -> Path:
     return path
 
 
+def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A zero tensor whose memory goes back to the system when it is freed.
+
+    malloc keeps blocks of a few MiB and fragments over the thousands of a conversion; the process
+    would grow to several times what it holds.
+    """
+    size = num_bytes(shape, dtype)
+    if size < OWN_PAGES_BYTES:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+
+
 def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor from raw bytes at `offset`; the caller has checked the range against the file's size."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = new_tensor(shape, dtype)
     view, done = raw_bytes(tensor), 0
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)

@@ -206,7 +206,7 @@ class LlamaForward:
             yield from self._cache[name]
             return
         kept = []
-        for block in read_blocks(self.reader, name):
+        for block in read_blocks(self.reader, name) if name in (EMBEDDING, HEAD) else [self.reader.read(name)]:
             block = block.to(device=self._device, dtype=self._dtype)
             if self._cache is not None:
                 kept.append(block)

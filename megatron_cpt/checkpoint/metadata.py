@@ -68,7 +68,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             return tuple
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if "." not in name and (module in _RECORD_MODULES or (module, name) in _RECORDS):
+        if module in _RECORD_MODULES or (module, name) in _RECORDS:
             return type(name, (_Record,), {})
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint's index has no use for")
 

@@ -50,7 +50,7 @@ class PlannedTensor:
 
 
 def plan_torch_dist(reader: ModelReader, padded_size: int, block_bytes: int = BLOCK_BYTES) -> list[PlannedTensor]:
-    """Plan the `torch_dist` form of a model: one chunk a layer, row blocks for the vocabulary tables.
+    """Plan the `torch_dist` form of a model, in chunks of one layer and at most `block_bytes`.
 
     Raises:
         CheckpointError: a source row would be lost or used twice, a stored element would be written
@@ -111,13 +111,12 @@ def check_plan(reader: ModelReader, plan: list[PlannedTensor]) -> None:
 def _chunks(
     layer: int | None, runs: dict[str, Runs], size: tuple[int, ...], dtype: torch.dtype, block_bytes: int
 ) -> Iterator[PlannedChunk]:
-    if layer is not None:
-        yield PlannedChunk((layer, *(0 for _ in size[1:])), (1, *size[1:]), True, _pieces(runs, 0, size[1]))
-        return
-    for start, stop in row_blocks(size[0], num_bytes(size[1:], dtype), block_bytes):
-        yield PlannedChunk(
-            (start, *(0 for _ in size[1:])), (stop - start, *size[1:]), False, _pieces(runs, start, stop)
-        )
+    rows, *row_shape = size if layer is None else size[1:]
+    layers = () if layer is None else (layer,)
+    for start, stop in row_blocks(rows, num_bytes(tuple(row_shape), dtype), block_bytes):
+        offset = (*layers, start, *(0 for _ in row_shape))
+        extent = (*(1 for _ in layers), stop - start, *row_shape)
+        yield PlannedChunk(offset, extent, layer is not None, _pieces(runs, start, stop))
 
 
 def _pieces(sources: dict[str, Runs], start: int, stop: int) -> tuple[Piece, ...]:

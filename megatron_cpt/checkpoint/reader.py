@@ -11,11 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.config.manifest import sha256_bytes
 from megatron_cpt.config.schema import LlamaShape
 
-BLOCK_BYTES = 128 << 20  # a vocabulary table is read and written in blocks of at most this size
+BLOCK_BYTES = 64 << 20  # tensors are converted and compared in blocks of rows of at most this size
 
 
 class ModelReader(Protocol):
@@ -57,10 +56,7 @@ def row_blocks(rows: int, row_bytes: int, block_bytes: int) -> Iterator[tuple[in
 
 
 def read_blocks(reader: ModelReader, name: str) -> Iterator[Tensor]:
-    """A tensor in row order: the vocabulary tables in blocks, everything else in one piece."""
-    if name not in (EMBEDDING, HEAD):
-        yield reader.read(name)
-        return
+    """A tensor in row order, in blocks of at most BLOCK_BYTES."""
     shape = reader.shape(name)
     for start, stop in row_blocks(shape[0], num_bytes(shape[1:], reader.dtype(name)), BLOCK_BYTES):
         yield reader.read_rows(name, start, stop)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.llama import EXTRA_STATE_MODULES, LAYERS, check_supported, placements, stored_shapes
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.checkpoint.metadata import METADATA, Chunk, StoredTensor, check_cover, load_chunk, read_metadata
@@ -80,12 +81,14 @@ class TorchDistReader:
         place = self._place(name)
         if not 0 <= start <= stop <= self.shape(name)[0]:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {self.shape(name)[0]}")
-        if place.layer is None:
-            size = self._tensors[place.key].size
-            return self._assemble(place.key, (start, *(0 for _ in size[1:])), (stop - start, *size[1:])).contiguous()
-        stored = self._read_layer(place.key, place.layer)
-        parts = [stored[row : row + rows] for _, row, rows in place.runs]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts))[start:stop].contiguous()
+        if len(place.runs) > 1:
+            stored = self._read_layer(place.key, place.layer)
+            return torch.cat([stored[row : row + rows] for _, row, rows in place.runs])[start:stop]
+        layers = () if place.layer is None else (place.layer,)
+        row_shape = self._tensors[place.key].size[1 + len(layers) :]
+        offset = (*layers, place.runs[0][1] + start, *(0 for _ in row_shape))
+        box = self._assemble(place.key, offset, (*(1 for _ in layers), stop - start, *row_shape))
+        return (box[0] if layers else box).contiguous()
 
     def padding(self, name: str) -> Tensor:
         """The stored rows of a vocabulary table beyond the true vocabulary."""
@@ -120,9 +123,9 @@ class TorchDistReader:
             if (low, high) == (offset, stop):
                 return part
             if out is None:
-                out = torch.empty(size, dtype=stored.dtype)
+                out = new_tensor(size, stored.dtype)
             out[_slices(low, high, offset)] = part
-        return torch.empty(size, dtype=stored.dtype) if out is None else out
+        return new_tensor(size, stored.dtype) if out is None else out
 
     def _load(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         if self._chunk is None or self._chunk[0] != chunk:
@@ -191,8 +194,8 @@ def write_torch_dist(
         for tensor in plan:
             boxes = []
             for index, chunk in enumerate(tensor.chunks):
-                filled = _fill(reader, chunk, tensor.dtype, digest)
-                places[dcp.MetadataIndex(tensor.key, chunk.offset, index)] = _StorageInfo(*files.save(filled))
+                place = files.save(_fill(reader, chunk, tensor.dtype, digest))
+                places[dcp.MetadataIndex(tensor.key, chunk.offset, index)] = _StorageInfo(*place)
                 boxes.append(dcp.ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)))
                 done += num_bytes(chunk.size, tensor.dtype)
                 if on_progress is not None:
@@ -223,7 +226,7 @@ def _extra_state_keys(num_layers: int) -> list[str]:
 
 def _fill(reader: ModelReader, chunk: PlannedChunk, dtype: torch.dtype, digest: WeightsDigest) -> Tensor:
     """The tensor of a planned chunk, its padding zero."""
-    filled = torch.zeros(chunk.size, dtype=dtype)
+    filled = new_tensor(chunk.size, dtype)
     rows = filled[0] if chunk.stacked else filled
     for piece in chunk.pieces:
         part = reader.read_rows(piece.name, piece.source_row, piece.source_row + piece.rows)

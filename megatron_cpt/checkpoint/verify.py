@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.checkpoint.opening import open_checkpoint
-from megatron_cpt.checkpoint.reader import ModelReader, WeightsDigest, num_bytes, raw_bytes, read_blocks
+from megatron_cpt.checkpoint.reader import ModelReader, WeightsDigest, num_bytes, read_blocks
 from megatron_cpt.checkpoint.torch_dist import TorchDistReader
 from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.errors import VerificationError
@@ -114,9 +114,9 @@ def _compare_tensor(
     different, zeros, finite = 0, 0, True
     for ours, theirs in zip(read_blocks(source, name), read_blocks(target, name), strict=True):
         digest.update(name, dtype, target.shape(name), theirs)
-        ours = ours.to(dtype)
-        if raw_bytes(ours) != raw_bytes(theirs):
-            different += int((_bits(ours) != _bits(theirs)).sum())
+        ours_bits, theirs_bits = _bits(ours.to(dtype)), _bits(theirs)
+        if not torch.equal(ours_bits, theirs_bits):
+            different += int((ours_bits != theirs_bits).sum())
         finite = finite and bool(torch.isfinite(theirs).all())
         if theirs.dim() == 2:
             zeros += int((theirs == 0).all(dim=1).sum())

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_names_that_look_harmless(stored: Path, tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match="which a checkpoint's index has no use for"):
                 open_torch_dist(stored)
     assert not (tmp_path / "made").exists()
-    # A dotted name would reach through a module that is allowed.
+    # A dotted name reaches through a module that is allowed: it too becomes a record, and nothing runs.
     words = [
         b"\x8c" + bytes([len(word)]) + word
         for word in (b"torch.distributed.checkpoint.metadata", b"os.system", b"true")
@@ -250,6 +251,16 @@ def test_metadata_that_is_none(content: bytes, stored: Path) -> None:
     (stored / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint's index"):
         open_torch_dist(stored)
+
+
+def test_a_few_bytes_cannot_reserve_gigabytes(stored: Path) -> None:
+    (stored / ".metadata").write_bytes(b"\x80\x04Nr" + (2**25).to_bytes(4, "little") + b".")  # the memo's entry 2^25
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_torch_dist(stored)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
