@@ -4,7 +4,7 @@ from megatron_cpt.checkpoint.convert import convert
 from megatron_cpt.checkpoint.forward import LlamaForward
 from megatron_cpt.checkpoint.hf_config import hf_config, parse_hf_config, read_shape
 from megatron_cpt.checkpoint.huggingface import HFReader, open_hf, write_hf
-from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes, padded_vocab_size
+from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest, write_checkpoint_manifest
 from megatron_cpt.checkpoint.opening import open_checkpoint
 from megatron_cpt.checkpoint.reader import ModelReader, read_blocks
@@ -24,7 +24,6 @@ __all__ = [
     "open_checkpoint",
     "open_hf",
     "open_torch_dist",
-    "padded_vocab_size",
     "parse_hf_config",
     "read_blocks",
     "read_checkpoint_manifest",

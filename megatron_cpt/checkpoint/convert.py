@@ -14,7 +14,6 @@ from megatron_cpt import __version__
 from megatron_cpt.checkpoint.files import new_folder, refuse_existing, require_space
 from megatron_cpt.checkpoint.hf_config import CONFIG, hf_config
 from megatron_cpt.checkpoint.huggingface import HFReader, write_hf
-from megatron_cpt.checkpoint.llama import padded_vocab_size
 from megatron_cpt.checkpoint.manifest import write_checkpoint_manifest
 from megatron_cpt.checkpoint.opening import open_checkpoint
 from megatron_cpt.checkpoint.plan import plan_torch_dist
@@ -22,6 +21,7 @@ from megatron_cpt.checkpoint.reader import CastReader, ModelReader, num_bytes, r
 from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, end_tokens, matching_tokenizer
 from megatron_cpt.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from megatron_cpt.config.manifest import MANIFEST, sha256_file
+from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError
 
 Format = Literal["hf", "torch_dist"]

@@ -47,13 +47,6 @@ class Placement:
     runs: tuple[tuple[int, int, int], ...]
 
 
-def padded_vocab_size(vocab_size: int, divisor: int) -> int:
-    """The smallest multiple of `divisor` that holds `vocab_size` rows."""
-    if divisor < 1:
-        raise CheckpointError(f"got a vocabulary divisor of {divisor}, expected 1 or more")
-    return -(-vocab_size // divisor) * divisor
-
-
 def hf_shapes(shape: LlamaShape, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the model, in the order of a forward pass."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size

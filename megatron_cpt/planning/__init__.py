@@ -11,7 +11,6 @@ from megatron_cpt.planning.memory import RankMemory, estimate_memory
 from megatron_cpt.planning.parameters import (
     ParameterCount,
     count_parameters,
-    padded_vocab_size,
     rank_parameters,
 )
 
@@ -24,7 +23,6 @@ __all__ = [
     "count_parameters",
     "estimate_memory",
     "flops_per_token",
-    "padded_vocab_size",
     "pipeline_layout_string",
     "plan_job",
     "rank_parameters",

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.config.schema import BatchConfig, LlamaShape, ParallelConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.planning.parameters import matrix_parameters_per_layer, padded_vocab_size
+from megatron_cpt.planning.parameters import matrix_parameters_per_layer
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,6 @@ from dataclasses import dataclass
 from megatron_cpt.config.schema import LlamaShape
 
 
-def padded_vocab_size(vocab_size: int, divisor: int) -> int:
-    """Rows of the embedding: the smallest multiple of `divisor` that holds the vocabulary.
-
-    It does not depend on the tensor-parallel size, so a checkpoint keeps its shape at any layout;
-    `check_layout` refuses a layout that cannot cut these rows evenly.
-    """
-    return -(-vocab_size // divisor) * divisor
-
-
 @dataclass(frozen=True)
 class ParameterCount:
     """Parameters of a whole model. `head` is 0 where the head is tied to the embedding."""

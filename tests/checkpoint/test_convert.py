@@ -15,7 +15,6 @@ from megatron_cpt.checkpoint import (
     convert,
     open_hf,
     open_torch_dist,
-    padded_vocab_size,
     read_checkpoint_manifest,
     read_shape,
     verify,
@@ -222,7 +221,3 @@ def test_a_hub_cache_of_links_is_read(make_model, tmp_path: Path) -> None:
         shutil.copy(file, blobs / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     verify(source, snapshot)
-
-
-def test_padded_sizes() -> None:
-    assert [padded_vocab_size(size, 128) for size in (1, 128, 129)] == [128, 128, 256]

@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.config.schema import BatchConfig, LlamaShape, ParallelConfig
 from megatron_cpt.planning import (
     check_layout,
     count_parameters,
     estimate_memory,
     flops_per_token,
-    padded_vocab_size,
     rank_parameters,
 )
 from megatron_cpt.planning.memory import layer_elements_per_token
