@@ -156,7 +156,7 @@ def test_dry_run_writes_nothing(make_model, tmp_path: Path) -> None:
     ],
 )
 def test_impossible_requests(arguments, message, make_model, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(InputError, match=message):
         convert(make_model(tmp_path / "hf"), tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
