@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_cpt import __version__
-from megatron_cpt.checkpoint.files import new_folder, refuse_existing, require_space
+from megatron_cpt.checkpoint.files import require_space
 from megatron_cpt.checkpoint.hf_config import CONFIG, hf_config
 from megatron_cpt.checkpoint.huggingface import HFReader, write_hf
 from megatron_cpt.checkpoint.manifest import write_checkpoint_manifest
@@ -20,6 +20,7 @@ from megatron_cpt.checkpoint.plan import plan_torch_dist
 from megatron_cpt.checkpoint.reader import CastReader, ModelReader, num_bytes, read_blocks
 from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, end_tokens, matching_tokenizer
 from megatron_cpt.checkpoint.torch_dist import TorchDistReader, write_torch_dist
+from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.config.manifest import MANIFEST, sha256_file
 from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError
@@ -70,7 +71,7 @@ def convert(
     src, dst = Path(src), Path(dst)
     source = open_checkpoint(src)
     reader = _checked_reader(source, to, dtype)
-    refuse_existing(dst)
+    check_free(dst, CheckpointError)
     facts, tokenizer_folder = _facts(source, reader, tokenizer)
     facts |= {"source": str(src), "destination": str(dst), "to": to}
     facts |= {
@@ -95,7 +96,7 @@ def convert(
     require_space(dst, needed)
     if dry_run:
         return {**facts, "bytes": needed, "dry_run": True}
-    with new_folder(dst) as folder:
+    with new_folder(dst, CheckpointError) as folder:
         facts |= write(folder)
         if isinstance(reader, CastReader):
             facts["cast_max_abs_error"] = reader.max_abs_error

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import mmap
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,37 +119,6 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         raise CheckpointError(
             f"{folder}: {needed_bytes:,} bytes are needed and {free:,} are free; free some space or choose another disk"
         )
-
-
-@contextlib.contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
-    """A temporary folder beside `destination` that takes its name once the block has succeeded.
-
-    When the block fails the folder is removed; when the process dies it stays under a name that
-    nobody loads, and the next attempt replaces it.
-
-    Raises:
-        CheckpointError: `destination` exists and is not an empty folder.
-    """
-    refuse_existing(destination)
-    partial = destination.with_name(f".{destination.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if destination.exists():
-            destination.rmdir()
-        os.rename(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_existing(destination: Path) -> None:
-    """Raise CheckpointError when something already lies at `destination`."""
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise CheckpointError(f"{destination} exists and is not a folder; choose another destination")
-    if destination.exists() and any(destination.iterdir()):
-        raise CheckpointError(f"{destination} already holds files; choose another destination or remove it first")
 
 
 def write_at(file: io.BufferedIOBase | io.RawIOBase, tensor: Tensor) -> int:

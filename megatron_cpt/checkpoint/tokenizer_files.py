@@ -52,8 +52,10 @@ def end_tokens(folder: Path | None) -> tuple[int | None, int | None]:
     if folder is None or not all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None, None
     config = read_json(folder / "tokenizer_config.json", TokenizerError)
-    added = read_json(folder / "tokenizer.json", TokenizerError).get("added_tokens", [])
-    ids = {token["content"]: token["id"] for token in added}
+    tokenizer = read_json(folder / "tokenizer.json", TokenizerError)
+    vocab = tokenizer.get("model", {}).get("vocab")
+    ids = {**(vocab if isinstance(vocab, dict) else {})}  # a Unigram model lists (piece, score) pairs instead
+    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     names = [config.get(key) for key in ("bos_token", "eos_token")]
     contents = [name.get("content") if isinstance(name, dict) else name for name in names]
     return ids.get(contents[0]), ids.get(contents[1])

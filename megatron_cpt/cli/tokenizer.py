@@ -151,8 +151,8 @@ def _by_language(options: list[str]) -> dict[str, list[Path]]:
 
 def _say_plan(corpus: list[Path], text_field: str, output: Path, as_json: bool, **facts: Any) -> None:
     """What a run would do, after a look at the first document and the output folder."""
+    from megatron_cpt.config.folders import check_free
     from megatron_cpt.errors import TokenizerError
-    from megatron_cpt.tokenizer.output import check_free
 
     check_free(output, TokenizerError)
     first = next(_texts(corpus, text_field, "", None), None)

@@ -14,12 +14,12 @@ from megatron_cpt.checkpoint import open_hf, write_checkpoint_manifest, write_hf
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, tokenizer_sha256
+from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.config.manifest import MANIFEST, read_json, sha256_file
 from megatron_cpt.errors import CheckpointError, TokenizerError
 from megatron_cpt.surgery.plan import SurgeryPlan
 from megatron_cpt.surgery.row_mix import RowMix
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
-from megatron_cpt.tokenizer.output import check_free, new_folder
 
 _BLOCK_ROWS = 4096
 # More unused rows than any padding leaves (a multiple of 128 for 8 tensor-parallel ranks) look like another vocabulary.

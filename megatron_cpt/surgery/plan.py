@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from megatron_cpt.config.folders import new_folder
 from megatron_cpt.config.manifest import (
     MANIFEST,
     read_json,
@@ -24,7 +25,6 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.surgery.methods import make_mix
 from megatron_cpt.surgery.row_mix import RowMix
 from megatron_cpt.tokenizer import VocabMap
-from megatron_cpt.tokenizer.output import new_folder
 from megatron_cpt.tokenizer.vocab_map import Origin
 
 FACTS = "plan.json"

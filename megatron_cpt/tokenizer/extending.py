@@ -8,12 +8,12 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.config.manifest import read_json
 from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer.hf_files import TOKENIZER_CONFIG, check_expressible, write_hf_files
 from megatron_cpt.tokenizer.loading import JSON_FILE, SENTENCEPIECE_FILE, SentencePieceTokenizer, load_tokenizer
 from megatron_cpt.tokenizer.model_file import ModelFile, Piece, PieceType, read_model_file, without_prefix
-from megatron_cpt.tokenizer.output import check_free, new_folder
 from megatron_cpt.tokenizer.scripts import script_rule
 from megatron_cpt.tokenizer.training import train_model, write_tokenizer_manifest
 from megatron_cpt.tokenizer.vocab_map import VOCAB_MAP_FILE, Entry, VocabMap, kept_entries

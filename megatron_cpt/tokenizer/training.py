@@ -11,12 +11,12 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.config.manifest import MANIFEST, sha256_file, write_manifest
 from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer.hf_files import write_hf_files
 from megatron_cpt.tokenizer.loading import JSON_FILE, SENTENCEPIECE_FILE
 from megatron_cpt.tokenizer.model_file import ModelFile, Normalizer, TrainingRules, parse_model
-from megatron_cpt.tokenizer.output import check_free, new_folder
 
 # Llama's rules: single digits, runs of spaces as pieces, bytes for what is unknown, spaces kept.
 LLAMA_RULES = TrainingRules(split_digits=True, allow_whitespace_only_pieces=True, byte_fallback=True)

@@ -21,7 +21,7 @@ from megatron_cpt.checkpoint import (
     write_hf,
 )
 from megatron_cpt.config.manifest import sha256_file
-from megatron_cpt.errors import CheckpointError, TokenizerError
+from megatron_cpt.errors import CheckpointError, InputError, TokenizerError
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -135,7 +135,7 @@ def test_what_does_not_belong_together(
         assert not (tmp_path / "made").exists()
     apply_surgery(different, source, tmp_path / "made", new_tokenizer)
     assert torch.equal(open_hf(tmp_path / "made").read(HEAD), open_hf(source).read(HEAD)[:1].expand(plan.new_size, -1))
-    with pytest.raises(CheckpointError, match="already exists"):
+    with pytest.raises(CheckpointError, match="already holds files"):
         apply_surgery(plan, source, tmp_path / "made", new_tokenizer)
 
 

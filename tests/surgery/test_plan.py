@@ -57,7 +57,7 @@ def test_saved_and_read(vocab_map: VocabMap, new_tokenizer: Path, tmp_path: Path
         assert torch.equal(left.indptr, right.indptr)
         assert torch.equal(left.indices, right.indices)
         assert torch.equal(left.weights, right.weights)
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(InputError, match="already holds files"):
         plan.save(tmp_path / "plan")
 
 

@@ -101,7 +101,7 @@ def test_an_error_of_the_source_comes_through(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("mine")
-    with pytest.raises(TokenizerError, match="already exists"):
+    with pytest.raises(TokenizerError, match="already holds files"):
         train_tokenizer(["text"], 300, tmp_path)
     (tmp_path / "empty").mkdir()
     train_tokenizer(["some text"], 300, tmp_path / "empty")

@@ -1,0 +1,40 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_cpt.errors import InputError
+
+
+def check_free(folder: Path, error: type[InputError]) -> None:
+    """Raise `error` when `folder` is a file or a folder that holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise error(f"{folder} already holds files: choose a new folder, or remove this one first")
+
+
+@contextmanager
+def new_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends without an exception.
+
+    When the block fails it is removed; when the process dies it stays under a name that nobody loads,
+    and the next attempt replaces it.
+
+    Raises:
+        InputError: of the class `error`, when `folder` is taken (see `check_free`).
+    """
+    check_free(folder, error)
+    staged = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
