@@ -7,7 +7,9 @@ launcher is for everyone else, so that `--nproc 2` is all a laptop or one GPU ma
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from pathlib import Path
 from megatron_cpt.errors import InputError, TrainingError
 
 GRACE_SECONDS = 10.0
+SETTLE_SECONDS = 2.0  # from the first failure on: when one rank fails the others fail with it, and one says why
 LAUNCHED = "MEGATRON_CPT_LAUNCHER_PID"
 
 
@@ -27,7 +30,8 @@ def launch(module: str, arguments: Sequence[str], num_processes: int, log_folder
     """Run `python -m module arguments...` as `num_processes` ranks and wait for all of them.
 
     Rank 0 writes to this terminal; what every rank says on standard error is kept in
-    `log_folder/rank_<r>.log`. When one rank fails the others are stopped.
+    `log_folder/rank_<r>.log`. When one rank fails the others are stopped, and the error is that of the
+    rank it began with: one that gave a reason, else the first to end.
 
     Raises:
         InputError: a rank refused its input (exit code 2); the message is the rank's own.
@@ -36,8 +40,11 @@ def launch(module: str, arguments: Sequence[str], num_processes: int, log_folder
     log_folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *arguments]
     port = _free_port()
+    processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
-        processes = []
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        stack.callback(signal.signal, signal.SIGTERM, previous)
+        stack.callback(_stop, processes)
         for rank in range(num_processes):
             log = stack.enter_context(open(_log_path(log_folder, rank), "wb"))
             processes.append(
@@ -49,12 +56,11 @@ def launch(module: str, arguments: Sequence[str], num_processes: int, log_folder
                     stdin=subprocess.DEVNULL,
                 )
             )
-        stack.callback(_stop, processes)
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        stack.callback(signal.signal, signal.SIGTERM, previous)
-        failed = _wait(processes)
-    if failed is not None:
-        raise _failure(failed, processes[failed].returncode, log_folder)
+        ended = _wait(processes, log_folder)
+    failed = [rank for rank in ended if processes[rank].returncode]
+    if failed:
+        origin = next((rank for rank in failed if _reason(_log_path(log_folder, rank))), failed[0])
+        raise _failure(origin, processes[origin].returncode, _log_path(log_folder, origin))
 
 
 def die_with_launcher() -> None:
@@ -89,16 +95,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all ranks ended well (None) or one failed (its rank)."""
-    while True:
-        codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code:
-                return rank
-        if all(code == 0 for code in codes):
-            return None
-        time.sleep(0.05)
+def _wait(processes: Sequence[subprocess.Popen[bytes]], log_folder: Path) -> list[int]:
+    """Ranks in the order in which they ended: all of them, or those up to the first failure that has a reason."""
+    ended: list[int] = []
+    deadline = math.inf
+    while len(ended) < len(processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        for rank, process in enumerate(processes):
+            if rank not in ended and process.poll() is not None:
+                ended.append(rank)
+                if process.returncode:
+                    known = _reason(_log_path(log_folder, rank)) is not None
+                    deadline = min(deadline, time.monotonic() + (0.0 if known else SETTLE_SECONDS))
+    return ended
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -118,12 +127,20 @@ def _log_path(log_folder: Path, rank: int) -> Path:
     return log_folder / f"rank_{rank}.log"
 
 
-def _failure(rank: int, code: int, log_folder: Path) -> Exception:
-    log = _log_path(log_folder, rank)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = next((line[len("error: ") :] for line in reversed(lines) if line.startswith("error: ")), None)
-    if code == InputError.exit_code and said:
-        return InputError(said)
+def _lines(log: Path) -> list[str]:
+    return [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def _reason(log: Path) -> str | None:
+    """What a rank gave as its reason to stop, the way `training.worker` says it."""
+    return next((line[len("error: ") :] for line in reversed(_lines(log)) if line.startswith("error: ")), None)
+
+
+def _failure(rank: int, code: int, log: Path) -> Exception:
+    lines, reason = _lines(log), _reason(log)
+    if code == InputError.exit_code and reason:
+        return InputError(reason)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    last = said or "; ".join(line.strip() for line in lines[-3:] if line.strip()) or "it said nothing"
+    exception = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)), None)
+    last = reason or exception or "; ".join(lines[-3:]) or "it said nothing"
     return TrainingError(f"rank {rank} {how}: {last} (all it said: {log})")
