@@ -10,6 +10,7 @@ from typing import Any
 # Okabe and Ito's colours, told apart by every kind of colour vision; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+OFF_SCALE = 1.3  # a base level above this multiple of the highest point is not drawn
 LABEL_HEIGHT = 0.055  # of the axis: one line of text and a little air
 
 
@@ -20,21 +21,24 @@ def bits_per_byte_picture(
 
     Args:
         history: points {"step", "language", "bits_per_byte"} of held-out text, in any order.
-        base: bits per byte of the base model on the same text, before anything was changed.
+        base: bits per byte of the base model on the same text, before anything was changed. A level
+            far above every line is named at the top instead of drawn: it would flatten the lines.
         path: the PNG to write, replaced as a whole.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = _lines_by_language(history)
+    highest = max((value for points in lines.values() for _, value in points), default=float("inf"))
+    shown = {language: level for language, level in base.items() if level <= OFF_SCALE * highest}
     languages = list(dict.fromkeys([*base, *lines]))
     figure = Figure(figsize=(8.0, 4.5), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, language in enumerate(languages):
         colour = COLOURS[number % len(COLOURS)]
-        if language in base:
-            axes.axhline(base[language], color=colour, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.75)
+        if language in shown:
+            axes.axhline(shown[language], color=colour, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.75)
         if language in lines:
             marker = MARKERS[number % len(MARKERS)]
             axes.plot(*zip(*lines[language], strict=True), color=colour, marker=marker, markersize=4.5, linewidth=2)
@@ -62,15 +66,16 @@ def _label_directly(
     axes: Any, languages: Sequence[str], lines: Mapping[str, list[tuple[int, float]]], base: Mapping[str, float]
 ) -> None:
     """Write name and figure beside the end of each line, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
     labels = []
     for number, language in enumerate(languages):
         colour = COLOURS[number % len(COLOURS)]
         if language in base:
-            labels.append((base[language], f"{language} base {base[language]:.3f}", colour, "normal"))
+            above = " (off the scale)" if base[language] > high else ""
+            labels.append((min(base[language], high), f"{language} base {base[language]:.3f}{above}", colour, "normal"))
         if language in lines:
             end = lines[language][-1][1]
             labels.append((end, f"{language} {end:.3f}", colour, "bold"))
-    low, high = axes.get_ylim()
     places = _apart([(value - low) / (high - low) for value, *_ in labels])
     for (_, text, colour, weight), place in zip(labels, places, strict=True):
         place_of = {"xy": (1.015, place), "xycoords": "axes fraction", "va": "center", "annotation_clip": False}

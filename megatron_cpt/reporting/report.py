@@ -90,7 +90,9 @@ def _markdown(report: Mapping[str, Any]) -> Iterator[str]:
     yield from _table(
         "Bytes per token", ("language", "base", "adapted", "change"), _token_rows(report["bytes_per_token"])
     )
-    shown = {"name", "bits_per_byte", "bytes_per_token", "versions", "config_hash", "history"}
+    if "probe" in report:
+        yield from _probe(report["probe"])
+    shown = {"name", "bits_per_byte", "bytes_per_token", "probe", "versions", "config_hash", "history"}
     for section in [name for name in report if name not in shown]:
         yield from _table(_title(section), ("what", "value"), _leaf_rows(report[section]))
     yield from _table(
@@ -113,6 +115,17 @@ def _bits_per_byte(values: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     yield from _table("Bits per byte of held-out text (less is better)", columns, rows)
     yield ""
     yield f"![Bits per byte of each language over the training steps; dashed: the base]({PICTURE})"
+
+
+def _probe(values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    rows = []
+    for language, stages in values.items():
+        cells = [f"{score['accuracy']:.3f} +- {score['standard_error']:.3f}" for score in stages.values()]
+        first = next(iter(stages.values()))
+        rows.append((language, *cells, f"{first['chance']:.3f}", f"{first['questions']:,}"))
+    stages_named = [_words(stage) for stage in next(iter(values.values()))]
+    title = "Probe: facts that only source-language text tells, asked in each language (share right, standard error)"
+    yield from _table(title, ("asked in", *stages_named, "chance", "questions"), rows)
 
 
 def _token_rows(values: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:

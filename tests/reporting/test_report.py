@@ -44,7 +44,13 @@ def complete_report() -> dict[str, Any]:
             "world_size": 2,
             "layout": "TP2-PP1-DP1",
         },
-        "probe": {"questions": 120, "accuracy": {"base": 0.11, "adapted": 0.525}, "note": "a|b", "right": [1, 2]},
+        "probe": {
+            "ja": {
+                stage: {"accuracy": accuracy, "standard_error": 0.027, "chance": 0.25, "questions": 1264}
+                for stage, accuracy in (("base", 0.21), ("after_surgery", 0.25), ("adapted", 0.525))
+            }
+        },
+        "extra": {"accuracy": {"base": 0.11, "adapted": 0.525}, "note": "a|b", "right": [1, 2]},
         "versions": {"torch": "2.13.0"},
         "config_hash": "c0ffee",
     }
@@ -66,6 +72,8 @@ def test_markdown_holds_the_figures_and_the_picture(tmp_path: Path) -> None:
         "| tokens | 1,228,800 |",
         "| bytes/s | 80,211 |",
         "| accuracy adapted | 0.525 |",
+        "| asked in | base | after surgery | adapted | chance | questions |",
+        "| ja | 0.210 +- 0.027 | 0.250 +- 0.027 | 0.525 +- 0.027 | 0.250 | 1,264 |",
         "| note | a\\|b |",
         "| config hash | c0ffee |",
     ):
@@ -161,3 +169,13 @@ def test_picture_of_a_run_without_history_shows_the_bases(tmp_path: Path) -> Non
     path = tmp_path / "picture.png"
     bits_per_byte_picture([], {"en": 1.5, "ja": 2.5}, path)
     assert path.stat().st_size > 5000
+
+
+def test_a_base_far_above_does_not_flatten_the_lines(tmp_path: Path) -> None:
+    rows = {}
+    for name, base in (("near", {"en": 1.5}), ("far", {"en": 1.5, "ja": 17.5})):
+        bits_per_byte_picture(HISTORY, base, tmp_path / f"{name}.png")
+        pixels = pixels_of(tmp_path / f"{name}.png", COLOURS[0])
+        rows[name] = pixels[pixels[:, 1] < 0.7 * 1152][:, 0].mean()
+    # The English line keeps the height that it has without the Japanese base.
+    assert abs(rows["near"] - rows["far"]) < 0.02 * 648
