@@ -158,13 +158,20 @@ class _Rewriter(ast.NodeTransformer):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles a rewritten megatron-core module; byte code is not cached, it would be the wrong one."""
+    """Compiles a rewritten megatron-core module.
+
+    Its byte code is not cached, it would be the wrong one; a module that does not name CUDA is not
+    rewritten and keeps the cached one.
+    """
 
     device = "cpu"
     namespace: types.ModuleType
 
     def get_code(self, fullname: str) -> types.CodeType:
-        tree = _Rewriter(self.device).visit(ast.parse(self.get_data(self.path)))
+        source = self.get_data(self.path)
+        if b"cuda" not in source:
+            return super().get_code(fullname)  # type: ignore[return-value]
+        tree = _Rewriter(self.device).visit(ast.parse(source))
         code: types.CodeType = compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
         return code
 
@@ -223,9 +230,12 @@ def install_engine(device: str) -> bool:
         True when the hook was installed, False when there was nothing to do (CUDA, or installed).
 
     Raises:
-        ConfigError: megatron-core was imported earlier without the hook.
+        ConfigError: megatron-core was imported earlier without the hook, or with it for another device.
     """
-    if device == "cuda" or any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    installed = next((finder.device for finder in sys.meta_path if isinstance(finder, _Finder)), None)
+    if installed not in (None, device):
+        raise ConfigError(f"the engine of this process was set up for {installed!r}, got {device!r}; use one device")
+    if device == "cuda" or installed is not None:
         return False
     if PACKAGE in sys.modules:
         raise ConfigError(

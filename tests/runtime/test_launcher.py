@@ -82,7 +82,9 @@ def test_failure_names_rank_log_and_last_words(tmp_path: Path) -> None:
         (("crash:0.5", "crash:0"), TrainingError, "rank 1 ended with code 1"),
     ],
 )
-def test_the_root_cause_is_told(behaviours: tuple[str, ...], kind: type[CptError], message: str, tmp_path: Path) -> None:
+def test_the_root_cause_is_told(
+    behaviours: tuple[str, ...], kind: type[CptError], message: str, tmp_path: Path
+) -> None:
     caught = failure(tmp_path, *behaviours)
     assert type(caught) is kind and str(caught).startswith(message)
 
