@@ -5,17 +5,17 @@ Nothing here imports megatron-core, so that the process that starts a job stays 
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
 
-from megatron_cpt.checkpoint.convert import convert
+from megatron_cpt.checkpoint import convert, open_torch_dist
 from megatron_cpt.checkpoint.random import write_random_hf
 from megatron_cpt.config.manifest import MANIFEST, read_json, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.errors import ConfigError, TrainingError
 from megatron_cpt.runtime.launcher import launch
+from megatron_cpt.runtime.mesh import world_from_environment
 from megatron_cpt.tokenizer import load_tokenizer
 
 INITIAL = "initial"
@@ -54,7 +54,7 @@ def last_checkpoint(output: Path) -> Path:
 def prepare(config: TrainConfig) -> TrainConfig:
     """Bring the initial weights into `torch_dist` form, in `<output>/initial`, once.
 
-    Under torchrun rank 0 does it and the others wait for it.
+    Under torchrun or Slurm rank 0 does it and the others wait for it.
 
     Returns:
         the configuration with `initial_checkpoint` set to a torch_dist folder and no shape.
@@ -62,13 +62,14 @@ def prepare(config: TrainConfig) -> TrainConfig:
     _refuse_foreign(Path(config.output))
     given = config.initial_checkpoint
     if given is not None and (Path(given) / ".metadata").exists():
+        open_torch_dist(given)  # reads its index without running it, and refuses one that would run something
         return config.model_copy(update={"shape": None})
     initial = Path(config.output) / INITIAL
     request = Path(config.output) / "logs" / "initial.json"
     shape = config.shape.model_dump() if config.shape else None
     wanted = {"key": sha256_json([given, shape, config.seed, config.vocab_divisor, config.tokenizer])}
     ready = request.exists() and (initial / MANIFEST).exists() and read_json(request) == wanted
-    if not ready and os.environ.get("RANK", "0") == "0":
+    if not ready and world_from_environment().rank == 0:
         shutil.rmtree(initial, ignore_errors=True)
         _make_initial(config, initial)
         write_json_atomic(request, wanted)
