@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -15,7 +14,9 @@ app = typer.Typer(help="Train one job, starting its processes where nobody else 
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="YAML file of a training job.")],
-    nproc: Annotated[int, typer.Option(help="Processes to start on this machine (not under torchrun or Slurm).")] = 1,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes to start on this machine (not under torchrun or Slurm).")
+    ] = 1,
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -32,16 +33,19 @@ def train(
     if dry_run:
         emit(describe(resolved, nproc), as_json, lambda value: render(value, resolved))
         return
+    from megatron_cpt.runtime.mesh import world_from_environment
     from megatron_cpt.training.job import prepare, run_job
 
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    world = world_from_environment()
+    if world is not None:
         from megatron_cpt.runtime.device import current_device
         from megatron_cpt.runtime.engine import install_engine
 
+        prepare(resolved.config, world.size, world.rank)
         install_engine(current_device().type)
         from megatron_cpt.training.loop import train as train_rank
 
-        train_rank(prepare(resolved.config))
+        train_rank(resolved.config)
         return
     folder = str(run_job(resolved.config, nproc))
     emit({"checkpoint": folder}, as_json, lambda value: value["checkpoint"])

@@ -28,7 +28,8 @@ from megatron_cpt.pipeline.steps import Steps
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.surgery import apply_surgery, plan_surgery
 from megatron_cpt.tokenizer import VocabMap, extend_tokenizer, train_tokenizer
-from megatron_cpt.training.job import last_checkpoint, run_job
+from megatron_cpt.training.folder import last_checkpoint
+from megatron_cpt.training.job import run_job
 
 PARITY_FP32 = 1e-4  # largest difference of fp32 logits that the export of an fp32 run may have
 

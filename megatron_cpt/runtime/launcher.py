@@ -6,9 +6,11 @@ launcher is for everyone else, so that `--nproc 2` is all a laptop or one GPU ma
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -16,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_cpt.errors import InputError, TrainingError
@@ -39,9 +40,9 @@ def launch(module: str, arguments: Sequence[str], num_processes: int, log_folder
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *arguments]
-    port = _free_port()
+    port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         stack.callback(signal.signal, signal.SIGTERM, previous)
         stack.callback(_stop, processes)
@@ -89,10 +90,13 @@ def _rank_environment(rank: int, num_processes: int, port: int) -> Mapping[str, 
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A free port that the system does not hand out by itself, so that it is still free in some seconds."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], log_folder: Path) -> list[int]:

@@ -23,9 +23,9 @@ from megatron_cpt.runtime.engine import install_engine, parallel_state
 class World:
     """This process among all processes of the job."""
 
-    rank: int
-    size: int
-    local_rank: int
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,33 @@ class Mesh:
         return f"TP{self.tensor_size} x PP{self.pipeline_size}{virtual} x DP{self.data_size}"
 
 
-def world_from_environment() -> World:
-    """Read the world from torchrun's variables, else Slurm's, else be alone.
+def world_from_environment() -> World | None:
+    """The world that torchrun's, else Slurm's variables describe; None when nobody started this process as a rank.
 
     Under Slurm without torchrun the rendezvous address must be exported by the batch script
     (`MASTER_ADDR`, `MASTER_PORT`).
+
+    Raises:
+        ConfigError: Slurm started several tasks and there is no address, or a variable is no number.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return World(_number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK"))
+    if "SLURM_PROCID" in env and _number("SLURM_NTASKS") > 1:
         if "MASTER_ADDR" not in env:
             raise ConfigError(
                 "started by Slurm with several tasks but MASTER_ADDR is not set; export it in the batch script: "
                 "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1)"
             )
-        return World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0")))
-    return World(0, 1, 0)
+        return World(_number("SLURM_PROCID"), _number("SLURM_NTASKS"), _number("SLURM_LOCALID"))
+    return None
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"the variable {name} is {text!r}, expected a number from 0; unset it or start with torchrun")
+    return int(text)
 
 
 @contextmanager
@@ -85,7 +95,7 @@ def start_mesh(
     Raises:
         ConfigError: the world cannot hold the layout.
     """
-    world = world_from_environment()
+    world = world_from_environment() or World()
     model_size = tensor_size * pipeline_size
     if world.size % model_size:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A whole training job from outside: prepare the initial weights, start the ranks, wait for them.
+"""A whole training job from outside: refuse wrong input, bring the initial weights into form, start the ranks.
 
 Nothing here imports megatron-core, so that the process that starts a job stays light.
 """
@@ -8,18 +8,27 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
-from megatron_cpt.checkpoint import convert, open_torch_dist
+from megatron_cpt.checkpoint.convert import convert
+from megatron_cpt.checkpoint.fingerprint import fingerprint
 from megatron_cpt.checkpoint.random import write_random_hf
+from megatron_cpt.checkpoint.tokenizer_files import MODEL_FILES
 from megatron_cpt.config.manifest import MANIFEST, read_json, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import TrainConfig
-from megatron_cpt.errors import ConfigError, TrainingError
+from megatron_cpt.errors import TrainingError
 from megatron_cpt.runtime.launcher import launch
-from megatron_cpt.runtime.mesh import world_from_environment
-from megatron_cpt.tokenizer import load_tokenizer
+from megatron_cpt.runtime.lock import lock_folder
+from megatron_cpt.tokenizer import Tokenizer
+from megatron_cpt.training.folder import (
+    initial_folder,
+    last_checkpoint,
+    refuse_other_run,
+    run_identity,
+)
+from megatron_cpt.training.inputs import is_given_in_form, read_inputs
 
-INITIAL = "initial"
-OWN_FILES = {"logs", ".lock", INITIAL, "run.json"}  # what may be there before the first step
+LONGEST_WAIT_SECONDS = 1800.0
 
 
 def run_job(config: TrainConfig, num_processes: int) -> Path:
@@ -29,75 +38,79 @@ def run_job(config: TrainConfig, num_processes: int) -> Path:
         the folder of the last checkpoint.
 
     Raises:
-        InputError: a rank refused its input.
+        InputError: something does not fit; nothing was changed.
         TrainingError: a rank failed.
     """
     output = Path(config.output)
+    prepare(config, num_processes)
     job = output / "logs" / "job.json"
-    write_text_atomic(job, prepare(config).model_dump_json(indent=2) + "\n")
+    write_text_atomic(job, config.model_dump_json(indent=2) + "\n")
     launch("megatron_cpt.training.worker", [str(job)], num_processes, output / "logs")
     return last_checkpoint(output)
 
 
-def last_checkpoint(output: Path) -> Path:
-    """The newest complete checkpoint of a run.
+def prepare(config: TrainConfig, world_size: int, rank: int = 0) -> None:
+    """Refuse wrong input, then bring the initial weights into `torch_dist` form, in `<output>/initial`, once.
+
+    Args:
+        config: the job.
+        world_size: number of ranks.
+        rank: where every rank calls it, rank 0 does the work and the others wait for it.
 
     Raises:
-        TrainingError: there is none.
+        InputError: something does not fit; nothing was changed.
     """
-    complete = sorted(path.parent for path in (output / "checkpoints").glob(f"iter_*/{MANIFEST}"))
-    if not complete:
-        raise TrainingError(f"{output} holds no complete checkpoint; train it first")
-    return complete[-1]
+    inputs = read_inputs(config, world_size)
+    output = Path(config.output)
+    refuse_other_run(output, run_identity(config, inputs))
+    if rank != 0:
+        _wait_for_initial(config, inputs.tokenizer)
+        return
+    with lock_folder(output):
+        if not _is_ready(config, inputs.tokenizer):
+            _make_initial(config, inputs.tokenizer)
 
 
-def prepare(config: TrainConfig) -> TrainConfig:
-    """Bring the initial weights into `torch_dist` form, in `<output>/initial`, once.
-
-    Under torchrun or Slurm rank 0 does it and the others wait for it.
-
-    Returns:
-        the configuration with `initial_checkpoint` set to a torch_dist folder and no shape.
-    """
-    _refuse_foreign(Path(config.output))
+def _request(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the initial weights are made from."""
     given = config.initial_checkpoint
-    if given is not None and (Path(given) / ".metadata").exists():
-        open_torch_dist(given)  # reads its index without running it, and refuses one that would run something
-        return config.model_copy(update={"shape": None})
-    initial = Path(config.output) / INITIAL
-    request = Path(config.output) / "logs" / "initial.json"
-    shape = config.shape.model_dump() if config.shape else None
-    wanted = {"key": sha256_json([given, shape, config.seed, config.vocab_divisor, config.tokenizer])}
-    ready = request.exists() and (initial / MANIFEST).exists() and read_json(request) == wanted
-    if not ready and world_from_environment().rank == 0:
-        shutil.rmtree(initial, ignore_errors=True)
-        _make_initial(config, initial)
-        write_json_atomic(request, wanted)
-    while not (request.exists() and read_json(request) == wanted):
-        time.sleep(0.2)  # another rank is at work; when it fails, its launcher ends this one too
-    return config.model_copy(update={"initial_checkpoint": str(initial), "shape": None})
+    source = fingerprint(given) if given is not None else [config.shape and config.shape.model_dump(), config.seed]
+    return {"key": sha256_json([source, tokenizer.sha256, config.vocab_divisor])}
 
 
-def _make_initial(config: TrainConfig, initial: Path) -> None:
+def _record(config: TrainConfig) -> Path:
+    return Path(config.output) / "logs" / "initial.json"
+
+
+def _is_ready(config: TrainConfig, tokenizer: Tokenizer) -> bool:
+    if is_given_in_form(config):
+        return True
+    initial, record = initial_folder(config), _record(config)
+    made = (initial / MANIFEST).exists() and record.exists()
+    return made and bool(read_json(record) == _request(config, tokenizer))
+
+
+def _wait_for_initial(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    deadline = time.monotonic() + LONGEST_WAIT_SECONDS
+    while not _is_ready(config, tokenizer):
+        if time.monotonic() > deadline:
+            raise TrainingError(f"rank 0 has not made {initial_folder(config)}; see what it said")
+        time.sleep(0.2)
+
+
+def _make_initial(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    initial, record = initial_folder(config), _record(config)
+    record.unlink(missing_ok=True)
+    shutil.rmtree(initial, ignore_errors=True)
     if config.initial_checkpoint is not None:
         source = Path(config.initial_checkpoint)
-        convert(source, initial, "torch_dist", vocab_divisor=config.vocab_divisor, tokenizer=config.tokenizer)
-        return
-    assert config.shape is not None  # config.rules checked it
-    random_hf = initial.with_name(".initial-hf")
-    shutil.rmtree(random_hf, ignore_errors=True)
-    tokenizer = load_tokenizer(config.tokenizer)
-    write_random_hf(config.shape, tokenizer.vocab_size, config.seed, random_hf, tokenizer.bos_id, tokenizer.eos_id)
-    convert(random_hf, initial, "torch_dist", vocab_divisor=config.vocab_divisor, tokenizer=config.tokenizer)
-    shutil.rmtree(random_hf)
-
-
-def _refuse_foreign(output: Path) -> None:
-    """Refuse a folder with something in it that no training run put there."""
-    if not output.exists() or (output / "run.json").exists():
-        return
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in OWN_FILES)
-    if foreign:
-        raise ConfigError(
-            f"{output} is not empty ({', '.join(foreign[:3])}) and holds no training run; choose another output folder"
-        )
+    else:
+        assert config.shape is not None  # a rule of the configuration
+        source = initial.with_name(".initial-hf")
+        shutil.rmtree(source, ignore_errors=True)
+        write_random_hf(config.shape, tokenizer.vocab_size, config.seed, source, tokenizer.bos_id, tokenizer.eos_id)
+    folder = tokenizer.path.parent if tokenizer.path.name in MODEL_FILES else None
+    convert(source, initial, "torch_dist", vocab_divisor=config.vocab_divisor, tokenizer=folder)
+    if config.initial_checkpoint is None:
+        shutil.rmtree(source)
+    write_json_atomic(record, _request(config, tokenizer))

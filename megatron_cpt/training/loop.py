@@ -6,130 +6,68 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-from megatron_cpt.checkpoint import read_checkpoint_manifest
 from megatron_cpt.config.manifest import write_json_atomic
-from megatron_cpt.config.schema import LlamaShape, TrainConfig
-from megatron_cpt.data import IndexedDataset, SamplePlan, batch, validation_windows
-from megatron_cpt.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megatron_cpt.config.schema import TrainConfig
+from megatron_cpt.data import IndexedDataset, batch, validation_windows
+from megatron_cpt.errors import InputError, TrainingError
 from megatron_cpt.model.llama import build_model, engine_config
 from megatron_cpt.planning.flops import flops_per_token
-from megatron_cpt.planning.layout import Layout, check_layout
 from megatron_cpt.planning.parameters import count_parameters
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import seed_everything
 from megatron_cpt.runtime.lock import lock_folder
-from megatron_cpt.runtime.mesh import Mesh, start_mesh, world_from_environment
-from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.runtime.mesh import Mesh, World, start_mesh, world_from_environment
+from megatron_cpt.training.folder import claim_run_folder, initial_folder, run_identity
+from megatron_cpt.training.inputs import Inputs, read_inputs
 from megatron_cpt.training.metrics import MetricsLog
 from megatron_cpt.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from megatron_cpt.training.state import (
-    claim_run_folder,
-    load_weights,
-    resume,
-    run_identity,
-    save_checkpoint,
-)
+from megatron_cpt.training.state import load_weights, resume, save_checkpoint
 from megatron_cpt.training.step import MicroBatch, StepSums, full_logits, run_schedule, to_device
 
 PROOF_POSITIONS = 128  # positions whose logits are kept, evenly spaced, the first and the last included
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything a job reads, checked against each other before a process group is opened."""
-
-    tokenizer: Tokenizer
-    initial: Path
-    manifest: dict[str, Any]
-    shape: LlamaShape
-    plan: SamplePlan
-    validation: dict[str, IndexedDataset]
-
-
 def train(config: TrainConfig) -> None:
-    """Run the job of this process: one rank of the world.
+    """Run the job of this process: one rank of the world. The initial weights are there (`job.prepare`).
 
     Raises:
         InputError: something does not fit; nothing was written.
-        TrainingError: the loss stopped being a number.
+        TrainingError: the loss or the gradient stopped being a number.
     """
-    inputs = read_inputs(config)
-    world = world_from_environment()
+    inputs = read_inputs(config, (world_from_environment() or World()).size)
     parallel = config.parallel
-    divisor = math.lcm(config.vocab_divisor, parallel.tensor_model_parallel_size)
-    layout = check_layout(inputs.shape, inputs.tokenizer.vocab_size, divisor, parallel, config.batch, world.size)
     with start_mesh(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
     ) as mesh:
         seed_everything(config.seed)
-        Trainer(config, inputs, layout, mesh).run()
-
-
-def read_inputs(config: TrainConfig) -> Inputs:
-    """Open tokenizer, initial checkpoint and datasets, and refuse what does not belong together."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    if config.initial_checkpoint is None:
-        raise ConfigError("initial_checkpoint is not set; give a torch_dist folder (`checkpoint convert` makes one)")
-    initial = Path(config.initial_checkpoint)
-    manifest = read_checkpoint_manifest(initial)
-    if manifest["vocab_size"] != tokenizer.vocab_size:
-        raise CheckpointError(
-            f"{initial} has {manifest['vocab_size']} vocabulary rows but the tokenizer {tokenizer.path} has "
-            f"{tokenizer.vocab_size} pieces; they are not of the same model: run surgery first, or give its tokenizer"
-        )
-    if manifest["tokenizer_sha256"] not in (None, tokenizer.sha256):
-        raise CheckpointError(
-            f"{initial} was made for another tokenizer (SHA-256 {manifest['tokenizer_sha256'][:12]}...) than "
-            f"{tokenizer.path} ({tokenizer.sha256[:12]}...), though their sizes agree; give the one it was made for"
-        )
-    seq_length = config.batch.seq_length
-    sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]
-    return Inputs(
-        tokenizer,
-        initial,
-        manifest,
-        manifest["shape"],
-        SamplePlan(sources, seq_length, config.seed),
-        {source.language: _open(source.prefix, tokenizer) for source in config.data.validation},
-    )
-
-
-def _open(prefix: str, tokenizer: Tokenizer) -> IndexedDataset:
-    dataset = IndexedDataset(prefix)
-    if dataset.manifest["tokenizer_sha256"] != tokenizer.sha256:
-        raise DataError(
-            f"{prefix} was built with another tokenizer (SHA-256 {dataset.manifest['tokenizer_sha256'][:12]}...) than "
-            f"{tokenizer.path} ({tokenizer.sha256[:12]}...); build it again with `data build --tokenizer`"
-        )
-    return dataset
+        Trainer(config, inputs, mesh).run()
 
 
 class Trainer:
     """One rank of a training job."""
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, layout: Layout, mesh: Mesh) -> None:
+    def __init__(self, config: TrainConfig, inputs: Inputs, mesh: Mesh) -> None:
         self.config, self.inputs, self.mesh = config, inputs, mesh
         self.output = Path(config.output)
         self.is_main = mesh.world.rank == 0
-        manifest = inputs.manifest
+        layout, self.vocab_size = inputs.layout, inputs.tokenizer.vocab_size
         self.engine = engine_config(
-            inputs.shape, manifest["vocab_size"], layout, config.parallel, config.kernels, config.precision
+            inputs.shape, self.vocab_size, layout, config.parallel, config.kernels, config.precision
         )
         chunks = build_model(self.engine, inputs.shape, layout.padded_vocab_size, mesh)
         self.model = [self._distribute(chunk, index) for index, chunk in enumerate(chunks)]
         self.optimizer = build_optimizer(config.optimizer, self.model, config.precision)
         self._connect_engine()
         self.facts = {
-            "vocab_size": manifest["vocab_size"],
+            "vocab_size": self.vocab_size,
             "padded_vocab_size": layout.padded_vocab_size,
             "tokenizer_sha256": inputs.tokenizer.sha256,
             "inputs": {"data_order": inputs.plan.state_hash},
@@ -141,7 +79,7 @@ class Trainer:
             "world_size": mesh.world.size,
             "layout": layout.name,
             "device": current_device().name,
-            "parameters": count_parameters(inputs.shape, manifest["vocab_size"]).total,
+            "parameters": count_parameters(inputs.shape, self.vocab_size).total,
             "peak_flops_per_process": peak,
             "peak_flops_from": peak_from,
         }
@@ -169,7 +107,7 @@ class Trainer:
         with self._run_folder():
             step = resume(self.model, self.optimizer, self.output)
             if step == 0:
-                load_weights(self.model, self.optimizer, self.inputs.initial)
+                load_weights(self.model, self.optimizer, initial_folder(config))
             if step >= config.train_steps:
                 if self.is_main:
                     print(f"{self.output}: all {step} steps are done already", flush=True)
@@ -186,13 +124,13 @@ class Trainer:
     @contextmanager
     def _run_folder(self) -> Iterator[None]:
         """Rank 0 holds the lock and checks the identity; its refusal is everybody's."""
-        refusal: list[ConfigError | None] = [None]
+        refusal: list[InputError | None] = [None]
         with ExitStack() as stack:
             if self.is_main:
                 try:
                     stack.enter_context(lock_folder(self.output))
-                    claim_run_folder(self.output, run_identity(self.config, self.inputs.plan.state_hash))
-                except ConfigError as caught:
+                    claim_run_folder(self.output, run_identity(self.config, self.inputs))
+                except InputError as caught:
                     refusal = [caught]
             torch.distributed.broadcast_object_list(refusal, src=0)
             if refusal[0] is not None:
@@ -248,6 +186,11 @@ class Trainer:
         rate = learning_rate(config.optimizer, step, config.train_steps)
         set_learning_rate(self.optimizer, rate)
         _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"the gradient norm of step {step + 1} is {grad_norm}; the update is thrown away and "
+                f"{self.output}/checkpoints holds the last good state: lower the learning rate"
+            )
         return {
             "loss": sums.loss,
             "learning_rate": rate,
@@ -319,9 +262,7 @@ class _Meter:
         config, plan = trainer.config, trainer.inputs.plan
         self.tokens_per_step = config.batch.global_batch_size * config.batch.seq_length
         self.bytes_per_token = plan.bytes_per_token
-        self.flops_per_token = flops_per_token(
-            trainer.inputs.shape, trainer.inputs.manifest["vocab_size"], config.batch.seq_length
-        )
+        self.flops_per_token = flops_per_token(trainer.inputs.shape, trainer.vocab_size, config.batch.seq_length)
         self.peak_flops = trainer.peak_flops
         self.steps, self.since, self.left_out = 0, time.perf_counter(), 0.0
 

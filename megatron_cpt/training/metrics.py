@@ -16,7 +16,8 @@ class MetricsLog:
     """Writes the metrics of one run; only rank 0 holds one.
 
     `metrics.jsonl` is the source of truth: one JSON object a line, training records with `loss`,
-    validation records with `validation`. A resumed run first drops what lies after its checkpoint.
+    validation records with `validation`. A resumed run first drops what lies after its checkpoint; a
+    run that begins again drops everything.
     """
 
     def __init__(self, output: Path, train_steps: int, resumed_step: int) -> None:
@@ -73,7 +74,7 @@ def read_metrics(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [json.dumps(record) + "\n" for record in read_metrics(path.parent) if record["step"] <= step]
+    kept = [json.dumps(record) + "\n" for record in read_metrics(path.parent) if step and record["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

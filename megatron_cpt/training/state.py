@@ -1,80 +1,32 @@
 """The state of a training run: saved whole or not at all, resumed only where it belongs.
 
-A run folder holds `run.json` (its identity), `checkpoints/iter_<step>/` and `metrics.jsonl`. A
-checkpoint is written under a temporary name, its manifest last, and then renamed: a folder
-`iter_*` is complete. The state of the data is one integer, the step.
+A checkpoint is written under a temporary name, its manifest last, and then renamed: a folder
+`iter_*` with a manifest is complete. The state of the data is one integer, the step.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import queue
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_cpt.checkpoint import read_checkpoint_manifest, write_checkpoint_manifest
-from megatron_cpt.config.manifest import MANIFEST, read_json, write_json_atomic
+from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
-from megatron_cpt.errors import CheckpointError, ConfigError, InputError
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.training.folder import CHECKPOINTS, checkpoint_folders
 
-CHECKPOINTS = "checkpoints"
 PROOF = "proof.safetensors"
-# What a resumed run may change: it alters speed and what is shown, never the numbers' meaning.
-FREE_FIELDS = ("output", "parallel", "kernels", "checkpoint", "eval_interval_steps", "log_interval_steps")
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def run_identity(config: TrainConfig, plan_hash: str) -> dict[str, Any]:
-    """Everything that decides the numbers of a run, as flat `section.field` -> value."""
-    document = config.model_dump(mode="json", exclude=set(FREE_FIELDS))
-    document["batch"].pop("micro_batch_size")
-    document["data"] = {"order": plan_hash}
-    return dict(_flatten(document))
-
-
-def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
-
-
-def claim_run_folder(output: Path, identity: dict[str, Any]) -> None:
-    """Begin a run in `output`, or continue the one that is there when it is the same run.
-
-    Raises:
-        ConfigError: the folder holds a run with other settings.
-    """
-    record = output / "run.json"
-    if not record.exists():
-        write_json_atomic(record, identity)
-        return
-    earlier = read_json(record, InputError)
-    changed = [key for key in {**earlier, **identity} if earlier.get(key) != identity.get(key)]
-    if changed:
-        key = changed[0]
-        raise ConfigError(
-            f"{output} holds a run with other settings: {key} was {earlier.get(key)!r} and is now {identity.get(key)!r}"
-            + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
-            + "; restore the setting to resume, or choose another output folder"
-        )
-
-
-def checkpoint_folders(output: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run as (step, folder), oldest first."""
-    found = []
-    for path in (output / CHECKPOINTS).glob("iter_*"):
-        if (match := re.fullmatch(r"iter_(\d{7,})", path.name)) and (path / MANIFEST).exists():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
 
 
 def model_state(model: Sequence[Any]) -> dict[str, Any]:
@@ -127,6 +79,9 @@ def save_checkpoint(
     state = model_state(model)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=OPTIMIZER_METADATA)
     state["step"] = step
+    # Saving is synchronous here: the engine's own queue would start a server process on every rank,
+    # which imports everything again and outlives a rank that is killed.
+    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(state, str(temporary))
     if proof is not None:
         save_file(proof, temporary / PROOF)
@@ -135,6 +90,7 @@ def save_checkpoint(
         write_checkpoint_manifest(temporary, shape, step=step, precision=config.precision, **facts)
         os.rename(temporary, final)
         for _, old in checkpoint_folders(Path(config.output))[: -config.checkpoint.keep_last]:
+            (old / MANIFEST).unlink()  # from here on it is no checkpoint, even if the next line is cut short
             shutil.rmtree(old)
     dist.barrier()
     return final

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import torch
 
 from megatron_cpt.checkpoint.convert import convert
 from megatron_cpt.checkpoint.random import write_random_hf
@@ -28,6 +29,7 @@ SHAPE = LlamaShape(
     max_position_embeddings=64,
 )
 STEPS = 10
+torch.set_num_threads(1)  # the matrices are tiny
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Tiny:
             config = self.config(self.root / name, **changes)
             paths.append(str(self.root / f"{name}.json"))
             Path(paths[-1]).write_text(config.model_dump_json())
-        launch("tests.training.many_jobs", paths, num_processes, self.root / "logs")
+        launch("tests.training.many_jobs", [str(num_processes), *paths], 1, self.root / "logs" / "-".join(jobs))
         return {name: read_metrics(self.root / name) for name in jobs}
 
     def train(self, output: Path | str, num_processes: int = 1, **changes: Any) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Several training jobs one after another in the same processes, to pay for imports once.
 
-`python -m tests.training.many_jobs CONFIG.json...`: what `training.worker` does, for each file.
+`python -m tests.training.many_jobs NUM_PROCESSES CONFIG.json...`: what `training.worker` does, for each file, in
+ranks that are forked from one process that has imported everything.
 """
 
 from __future__ import annotations
@@ -9,20 +10,42 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import install_engine
+from megatron_cpt.runtime.launcher import die_with_launcher, free_port
+from megatron_cpt.training.job import prepare
 
 
-def main(paths: list[str]) -> int:
-    install_engine(current_device().type)
+def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) -> None:
     from megatron_cpt.training.loop import train
 
-    for path in paths:
-        train(TrainConfig.model_validate_json(Path(path).read_bytes()))
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    return 0
+    torch.set_num_threads(1)  # the matrices are tiny
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+    for path, port in zip(paths, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        config = TrainConfig.model_validate_json(Path(path).read_bytes())
+        prepare(config, num_processes, rank)
+        train(config)
+
+
+def main(num_processes: int, paths: list[str]) -> None:
+    die_with_launcher()
+    install_engine(current_device().type)
+    import megatron_cpt.training.loop  # noqa: F401 - before the fork
+
+    ports = [free_port() for _ in paths]
+    if num_processes == 1:
+        run_rank(0, 1, paths, ports)
+        return
+    # A fork spares each rank the imports; elsewhere than on Linux it is not safe.
+    method = "fork" if sys.platform == "linux" else "spawn"
+    torch.multiprocessing.start_processes(
+        run_rank, (num_processes, paths, ports), nprocs=num_processes, start_method=method
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(int(sys.argv[1]), sys.argv[2:])

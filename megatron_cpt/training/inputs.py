@@ -1,0 +1,99 @@
+"""What a training job reads: opened, and refused where it does not belong together.
+
+Every process of a job does this, and before them the one that starts them, so that wrong input costs
+a second and no process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cpt.checkpoint import open_torch_dist, read_shape
+from megatron_cpt.checkpoint.metadata import METADATA
+from megatron_cpt.checkpoint.tokenizer_files import tokenizer_sha256
+from megatron_cpt.config.manifest import MANIFEST, read_json
+from megatron_cpt.config.schema import LlamaShape, TrainConfig
+from megatron_cpt.data import IndexedDataset, SamplePlan
+from megatron_cpt.errors import CheckpointError, ConfigError, DataError
+from megatron_cpt.planning.layout import Layout, check_layout
+from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a job reads but the weights, checked against each other."""
+
+    tokenizer: Tokenizer
+    shape: LlamaShape
+    layout: Layout
+    plan: SamplePlan
+    validation: dict[str, IndexedDataset]
+
+
+def read_inputs(config: TrainConfig, world_size: int) -> Inputs:
+    """Open tokenizer, datasets and the description of the initial weights.
+
+    Args:
+        config: the job.
+        world_size: number of ranks.
+
+    Raises:
+        InputError: something is missing, damaged, or does not belong together.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    shape = _shape(config, tokenizer)
+    length = config.batch.seq_length
+    if length > shape.max_position_embeddings:
+        raise ConfigError(
+            f"batch.seq_length={length} is longer than the model's max_position_embeddings="
+            f"{shape.max_position_embeddings}; shorten it"
+        )
+    divisor = math.lcm(config.vocab_divisor, config.parallel.tensor_model_parallel_size)
+    layout = check_layout(shape, tokenizer.vocab_size, divisor, config.parallel, config.batch, world_size)
+    sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]
+    validation = {source.language: _open(source.prefix, tokenizer) for source in config.data.validation}
+    return Inputs(tokenizer, shape, layout, SamplePlan(sources, length, config.seed), validation)
+
+
+def is_given_in_form(config: TrainConfig) -> bool:
+    """Whether `initial_checkpoint` is a torch_dist folder, so that nothing has to be made of it."""
+    return config.initial_checkpoint is not None and (Path(config.initial_checkpoint) / METADATA).exists()
+
+
+def _shape(config: TrainConfig, tokenizer: Tokenizer) -> LlamaShape:
+    """The architecture, from the initial checkpoint where there is one; that has to be the tokenizer's."""
+    if config.initial_checkpoint is None:
+        assert config.shape is not None  # a rule of the configuration
+        return config.shape
+    folder = Path(config.initial_checkpoint)
+    shape, vocab_size = read_shape(folder)
+    if is_given_in_form(config):
+        open_torch_dist(folder)  # reads its index without running it, and refuses one that would run something
+    if config.shape not in (None, shape):
+        raise ConfigError(f"shape is not that of initial_checkpoint={folder}; leave it out, the checkpoint states it")
+    if vocab_size != tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{folder} has {vocab_size} vocabulary rows but the tokenizer {tokenizer.path} has "
+            f"{tokenizer.vocab_size} pieces; they are not of the same model: run surgery first, or give its tokenizer"
+        )
+    recorded = read_json(folder / MANIFEST).get("tokenizer_sha256") if (folder / MANIFEST).exists() else None
+    made_for = recorded or tokenizer_sha256(folder)
+    if made_for not in (None, tokenizer.sha256):
+        raise CheckpointError(
+            f"{folder} was made for another tokenizer (SHA-256 {made_for[:12]}...) than "
+            f"{tokenizer.path} ({tokenizer.sha256[:12]}...), though their sizes agree; give the one it was made for"
+        )
+    return shape
+
+
+def _open(prefix: str, tokenizer: Tokenizer) -> IndexedDataset:
+    dataset = IndexedDataset(prefix)
+    made_by = str(dataset.manifest.get("tokenizer_sha256"))
+    if made_by != tokenizer.sha256:
+        raise DataError(
+            f"{prefix} was built with another tokenizer (SHA-256 {made_by[:12]}...) than "
+            f"{tokenizer.path} ({tokenizer.sha256[:12]}...); build it again with `data build --tokenizer`"
+        )
+    return dataset
