@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,23 @@ def emit(value: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]]
     else:
         # Text in a file or pipe is read by programs: it must not be cut at a guessed width.
         Console(width=None if sys.stdout.isatty() else 200).print(render(value))
+
+
+@contextlib.contextmanager
+def stdout_for_results(as_json: bool) -> Iterator[None]:
+    """With `--json`, send everything else that is said on stdout to stderr, by started processes too."""
+    if not as_json:
+        yield
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit
+from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit, stdout_for_results
 
 app = typer.Typer(help="Walk the whole path of a recipe.")
 
@@ -30,7 +30,8 @@ def run(
         return
     from megatron_cpt.pipeline import run as walk
 
-    report = walk(resolved)
+    with stdout_for_results(as_json):
+        report = walk(resolved)
     emit(report, as_json, lambda value: _summary(value, resolved.config.output))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit
+from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit, stdout_for_results
 
 app = typer.Typer(help="Train one job, starting its processes where nobody else did.")
 
@@ -47,5 +47,6 @@ def train(
 
         train_rank(resolved.config)
         return
-    folder = str(run_job(resolved.config, nproc))
+    with stdout_for_results(as_json):
+        folder = str(run_job(resolved.config, nproc))
     emit({"checkpoint": folder}, as_json, lambda value: value["checkpoint"])

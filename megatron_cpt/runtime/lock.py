@@ -18,7 +18,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
         ConfigError: another job holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "w", encoding="utf-8") as file:
+    with open(folder / name, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -64,13 +64,18 @@ class Tiny:
         return TrainConfig.model_validate(document)
 
     def train_many(self, jobs: dict[str, dict[str, Any]], num_processes: int) -> dict[str, list[dict[str, Any]]]:
-        """Run several jobs in one set of processes: name -> changes; returns name -> metrics."""
+        """Run several jobs in one set of processes: name -> changes; returns name -> metrics.
+
+        A job named `failing-...` may fail; its error is in `<name>.error` beside its configuration.
+        """
         paths = []
         for name, changes in jobs.items():
             config = self.config(self.root / name, **changes)
             paths.append(str(self.root / f"{name}.json"))
             Path(paths[-1]).write_text(config.model_dump_json())
         launch("tests.training.many_jobs", [str(num_processes), *paths], 1, self.root / "logs" / "-".join(jobs))
+        errors = {path.stem: path.read_text() for path in self.root.glob("*.error") if path.stem in jobs}
+        assert all(name.startswith("failing-") for name in errors), errors
         return {name: read_metrics(self.root / name) for name in jobs}
 
     def train(self, output: Path | str, num_processes: int = 1, **changes: Any) -> list[dict[str, Any]]:

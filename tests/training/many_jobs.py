@@ -1,7 +1,7 @@
 """Several training jobs one after another in the same processes, to pay for imports once.
 
 `python -m tests.training.many_jobs NUM_PROCESSES CONFIG.json...`: what `training.worker` does, for each file, in
-ranks that are forked from one process that has imported everything.
+ranks that are forked from one process that has imported everything. What a job fails with goes to CONFIG.error.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_cpt.config.schema import TrainConfig
+from megatron_cpt.errors import CptError
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import install_engine
 from megatron_cpt.runtime.launcher import die_with_launcher, free_port
@@ -28,7 +29,10 @@ def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) 
         os.environ["MASTER_PORT"] = str(port)
         config = TrainConfig.model_validate_json(Path(path).read_bytes())
         prepare(config, num_processes, rank)
-        train(config)
+        try:
+            train(config)
+        except CptError as caught:  # on every rank alike
+            Path(path).with_suffix(".error").write_text(f"{type(caught).__name__}: {caught}")
 
 
 def main(num_processes: int, paths: list[str]) -> None:
