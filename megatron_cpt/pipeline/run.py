@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint import convert, verify
 from megatron_cpt.config.loading import Resolved
-from megatron_cpt.config.manifest import read_json, write_json_atomic, write_text_atomic
+from megatron_cpt.config.manifest import read_json, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import (
     DataSource,
     LearnConfig,
@@ -94,16 +94,17 @@ class Run:
     def _claim(self) -> None:
         """Take the folder for this configuration, or refuse one that holds another run."""
         record = self.root / "run.json"
+        identity = sha256_json(self.config.model_dump(mode="json", exclude={"output"}))  # a run may be moved
         if record.exists():
             held = read_json(record, ConfigError)
-            if held.get("config_hash") != self.resolved.hash:
+            if held.get("identity") != identity:
                 raise ConfigError(
-                    f"{self.root} holds another run ({held.get('name')}, configuration "
-                    f"{str(held.get('config_hash'))[:12]}..., now {self.resolved.hash[:12]}...); give --set "
-                    f"output=FOLDER, or take the settings of {self.root / 'config.yaml'}"
+                    f"{self.root} holds another run ({held.get('name')}, identity {str(held.get('identity'))[:12]}..., "
+                    f"now {identity[:12]}...); give --set output=FOLDER, or take the settings of "
+                    f"{self.root / 'config.yaml'}"
                 )
         write_text_atomic(self.root / "config.yaml", self.resolved.dump())
-        write_json_atomic(record, {"name": self.config.name, "config_hash": self.resolved.hash})
+        write_json_atomic(record, {"name": self.config.name, "identity": identity})
 
     def _text(self) -> None:
         data, seed, folder = self.config.data, self.config.seed, self.paths.text
