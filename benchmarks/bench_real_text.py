@@ -19,7 +19,7 @@ from megatron_cpt.config.loading import load_config
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.pipeline import run
 
-COLUMNS = ("seed", "arm", "language", "base", "step_0", "adapted", "bytes_per_token", "tokens", "tokens_per_second")
+COLUMNS = ("seed", "arm", "language", "base", "step_0", "adapted", "bytes_per_token", "tokens")
 
 
 def run_arm(arguments: argparse.Namespace, seed: int, arm: str, base: Path | None) -> dict[str, Any]:
@@ -49,7 +49,6 @@ def rows(seed: int, arm: str, report: dict[str, Any]) -> list[dict[str, Any]]:
             "adapted": score["adapted"],
             "bytes_per_token": report["bytes_per_token"][language]["adapted"],
             "tokens": report["train"]["tokens"],
-            "tokens_per_second": report["train"]["tokens_per_second"],
         }
         for language, score in report["bits_per_byte"].items()
     ]
