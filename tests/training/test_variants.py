@@ -1,0 +1,113 @@
+"""Shapes and precisions beside the plain one: tied tables, Llama 3's rotary scaling, odd TP sizes, bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from megatron_cpt.checkpoint import hf_config, hf_shapes, write_hf
+from megatron_cpt.checkpoint.convert import convert
+from megatron_cpt.checkpoint.torch_dist import open_torch_dist
+from megatron_cpt.config.schema import LlamaShape, RopeScaling
+from megatron_cpt.training.folder import last_checkpoint
+from tests.training.conftest import SHAPE, STEPS, Tiny
+
+VOCAB_SIZE = 250
+# As Llama 3.2 has it, with heads that are wider together than the hidden size.
+LLAMA_3 = SHAPE.model_copy(
+    update={
+        "num_layers": 4,
+        "head_dim": 12,
+        "rope_theta": 500000.0,
+        "rope_scaling": RopeScaling(factor=32.0),
+        "tied_embeddings": True,
+    }
+)
+THREES = SHAPE.model_copy(
+    update={"num_layers": 2, "hidden_size": 48, "num_attention_heads": 6, "num_query_groups": 3, "ffn_hidden_size": 96}
+)
+TENSOR_2, PIPELINE_2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+
+
+def write_model(folder: Path, shape: LlamaShape) -> Path:
+    """Random weights large enough that positions matter."""
+    draw = torch.Generator().manual_seed(1)
+    entries = [
+        (name, size, torch.float32, lambda size=size: torch.randn(size, generator=draw) * 0.1 + (len(size) == 1))
+        for name, size in hf_shapes(shape, VOCAB_SIZE).items()
+    ]
+    write_hf(folder, entries, hf_config(shape, VOCAB_SIZE, "float32", 1, 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Tiny) -> dict[str, list[dict[str, Any]]]:
+    """Metrics of every run."""
+    shapes = {"llama3": LLAMA_3, "threes": THREES}
+    given = {name: {"initial_checkpoint": str(write_model(tiny.root / f"{name}-hf", s))} for name, s in shapes.items()}
+    two = {
+        "bf16": {"precision": "bf16", "parallel": {**TENSOR_2, "sequence_parallel": True}},
+        "llama3-TP2": {**given["llama3"], "parallel": {**TENSOR_2, "sequence_parallel": True}},
+        "llama3-PP2": {**given["llama3"], "parallel": PIPELINE_2},
+    }
+    return {
+        **tiny.train_many({"llama3-one": given["llama3"], "threes-one": given["threes"]}, 1),
+        **tiny.train_many(two, 2),
+        **tiny.train_many({"threes-TP3": {**given["threes"], "parallel": {"tensor_model_parallel_size": 3}}}, 3),
+    }
+
+
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
+    found = [record["loss"] for record in metrics if "loss" in record]
+    assert len(found) == STEPS
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "one"), [("llama3-TP2", "llama3-one"), ("llama3-PP2", "llama3-one"), ("threes-TP3", "threes-one")]
+)
+def test_layout_equals_one_process(name: str, one: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    difference = max(abs(a - b) for a, b in zip(losses(runs[name]), losses(runs[one]), strict=True))
+    norms = [[record["grad_norm"] for record in runs[run] if "loss" in record] for run in (name, one)]
+    norm = max(abs(a / b - 1) for a, b in zip(*norms, strict=True))
+    print(f"{name}: loss {difference:.1e}, gradient norm {norm:.1e}")
+    assert difference <= 2e-6 and norm <= 1e-4
+    assert losses(runs[one])[-1] < losses(runs[one])[0]
+
+
+@pytest.mark.parametrize("name", ["llama3-one", "llama3-TP2", "llama3-PP2", "threes-TP3"])
+def test_export_equals_the_trained_model(name: str, runs: dict[str, list[dict[str, Any]]], tiny: Tiny) -> None:
+    """The engine's own logits, in its layout, against transformers on the exported folder, at every position."""
+    checkpoint = last_checkpoint(tiny.root / name)
+    exported = tiny.root / f"{name}-exported"
+    convert(checkpoint, exported, "hf", tokenizer=tiny.tokenizer)
+    proof = load_file(checkpoint / "proof.safetensors")
+    assert proof["positions"].tolist() == list(range(32))
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(exported)(proof["tokens"][None]).logits[0]
+    difference = (logits - proof["logits"]).abs().max().item()
+    print(f"{name}: {difference:.1e} of {logits.abs().max().item():.1f}")
+    assert difference <= 1e-4
+
+
+def test_tied_tables_stay_one(runs: dict[str, list[dict[str, Any]]], tiny: Tiny) -> None:
+    """On two stages the table lies twice; both copies get the sum of both gradients."""
+    one, two = (open_torch_dist(last_checkpoint(tiny.root / f"llama3-{name}")) for name in ("one", "PP2"))
+    assert "lm_head.weight" not in one.names() and one.names() == two.names()
+    for name in one.names():
+        torch.testing.assert_close(two.read(name), one.read(name), rtol=1e-4, atol=2e-5)
+
+
+def test_bf16_stays_near_fp32(
+    runs: dict[str, list[dict[str, Any]]], reference: list[dict[str, Any]], tiny: Tiny
+) -> None:
+    difference = max(abs(a - b) for a, b in zip(losses(runs["bf16"]), losses(reference), strict=True))
+    print(f"bf16 at TP2 with sequence parallelism: {difference:.1e}")
+    assert 0 < difference <= 0.05
+    reader = open_torch_dist(last_checkpoint(tiny.root / "bf16"))
+    assert {reader.dtype(name) for name in reader.names()} == {torch.bfloat16}
