@@ -59,9 +59,7 @@ def compare(table: list[dict[str, Any]], source: str, target: str) -> list[str]:
 
     def value(seed: int, arm: str, language: str, column: str) -> float:
         return next(
-            float(row[column])
-            for row in table
-            if (row["seed"], row["arm"], row["language"]) == (seed, arm, language)
+            float(row[column]) for row in table if (row["seed"], row["arm"], row["language"]) == (seed, arm, language)
         )
 
     seeds = sorted({row["seed"] for row in table})

@@ -129,10 +129,11 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ctrl_c_ends_with_130() -> None:
     program = textwrap.dedent("""
-        import sys, time
+        import signal, sys, time
         from types import ModuleType
         import typer
         from megatron_cpt.cli.main import main
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down ignored
         app = typer.Typer()
         @app.command()
         def wait() -> None:

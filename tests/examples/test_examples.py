@@ -44,7 +44,9 @@ def test_script_is_valid_shell(script: Path) -> None:
 
 def test_every_file_is_in_the_table() -> None:
     table = (EXAMPLES / "README.md").read_text()
-    assert [path.name for path in EXAMPLES.iterdir() if path.name != "README.md" and f"({path.name})" not in table] == []
+    assert [
+        path.name for path in EXAMPLES.iterdir() if path.name != "README.md" and f"({path.name})" not in table
+    ] == []
 
 
 def test_train_job_fits_a_7b_on_eight_gpus() -> None:

@@ -21,7 +21,8 @@ from megatron_cpt.checkpoint import LlamaForward
 from megatron_cpt.cli.main import main
 from megatron_cpt.data.world import World
 from megatron_cpt.tokenizer import load_tokenizer
-from megatron_cpt.training.job import last_checkpoint
+from megatron_cpt.training.folder import last_checkpoint
+from megatron_cpt.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -207,4 +208,9 @@ def test_killed_in_the_middle_it_goes_on(run: Path, tmp_path: Path) -> None:
     process.wait()
     assert not (output / "report.json").exists()
     assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
-    assert report_of(output)["bits_per_byte"] == report_of(run)["bits_per_byte"]
+    losses = [
+        [record["loss"] for record in read_metrics(folder / "train") if "loss" in record] for folder in (output, run)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    for language, wanted in report_of(run)["bits_per_byte"].items():
+        assert report_of(output)["bits_per_byte"][language] == pytest.approx(wanted, abs=1e-7)
