@@ -55,6 +55,14 @@ def descendants(pid: int) -> list[int]:
     return children + [below for child in children for below in descendants(child)]
 
 
+def end_all(processes: list[int]) -> str:
+    left = [pid for pid in processes if is_alive(pid)]
+    commands = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in left]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return f"left behind: {commands}"
+
+
 def numbers(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in TIMES} for record in read_metrics(output)]
 
@@ -79,8 +87,9 @@ def test_killed_job_goes_on_as_if_it_had_not_been(undisturbed: Path, tiny: Tiny)
     processes = descendants(job.pid)
     assert len(processes) >= 2 and job.poll() is None
     os.kill(job.pid, signal.SIGKILL)
-    job.communicate()
-    assert wait_until(lambda: not any(is_alive(pid) for pid in processes))
+    job.wait()
+    assert wait_until(lambda: not any(is_alive(pid) for pid in processes)), end_all(processes)
+    job.communicate()  # nobody holds its pipes any more
     step, checkpoint = checkpoint_folders(output)[-1]
     assert SAVE_INTERVAL <= step < LAST_STEP
     with open(output / "metrics.jsonl", "a", encoding="utf-8") as metrics:
