@@ -69,9 +69,9 @@ class Corpus:
             size += len(document.text.encode())
         return chosen
 
-    def hashes(self) -> dict[str, str]:
-        """Name -> SHA-256 of every file."""
-        return {path.name: sha256_file(path) for path in (*self.files, *(self.held_out_files or ()))}
+    def hashes(self) -> list[str]:
+        """SHA-256 of every file, in order."""
+        return [sha256_file(path) for path in (*self.files, *(self.held_out_files or ()))]
 
 
 def open_corpora(config: CorpusConfig) -> tuple[Corpus, Corpus]:

@@ -128,7 +128,7 @@ def write_run_report(
             scores[language][stage] = score["bits_per_byte"]
         for language, items in questions.items():
             probe[language][stage] = probe_accuracy(forward, tokenizer, items)
-    facts = {name: read_json(paths.root / "steps" / f"{name}.json")["facts"] for name in ("tokenizer", "export")}
+    facts = {name: steps.facts(name) for name in ("tokenizer", "export")}
     metrics = read_metrics(paths.train)
     history = _history(metrics)
     last = {point["language"]: point["bits_per_byte"] for point in history}

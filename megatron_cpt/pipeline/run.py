@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint import convert, verify
+from megatron_cpt.checkpoint.fingerprint import fingerprint
 from megatron_cpt.config.loading import Resolved
 from megatron_cpt.config.manifest import read_json, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import (
@@ -25,9 +26,10 @@ from megatron_cpt.evaluation import logit_parity
 from megatron_cpt.pipeline.corpus import Corpus, open_corpora, world_corpora
 from megatron_cpt.pipeline.measuring import Paths, tokenizer_facts, write_run_report
 from megatron_cpt.pipeline.steps import Steps
+from megatron_cpt.reporting.report import REPORT_JSON, REPORT_MD
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.surgery import apply_surgery, plan_surgery
-from megatron_cpt.tokenizer import VocabMap, extend_tokenizer, train_tokenizer
+from megatron_cpt.tokenizer import VocabMap, extend_tokenizer, load_tokenizer, train_tokenizer
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.job import run_job
 
@@ -53,7 +55,7 @@ class Run:
         self.resolved, self.config = resolved, resolved.config
         self.root = Path(self.config.output)
         self.paths = Paths(self.root, self.config)
-        self.steps = Steps(self.root, total=9)
+        self.steps = Steps(self.root)
         self.source: Corpus
         self.target: Corpus
 
@@ -75,16 +77,13 @@ class Run:
         self._shards()
         self._adapt()
         self._export()
-        return self.steps.do(
-            "report",
-            "measure base, surgery and result; write the report",
-            {},
-            ("export",),
-            lambda: write_run_report(self.resolved, self.paths, self.steps, self.source, self.target),
-        )
+        self._report()
+        return self.steps.run()
 
     def _refuse_foreign(self) -> None:
         """Refuse a folder with something in it that no run put there."""
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"{self.root} is a file; give --set output=FOLDER")
         held = {path.name for path in self.root.iterdir()} - {".lock"} if self.root.exists() else set()
         if held and "run.json" not in held:
             raise ConfigError(
@@ -108,21 +107,22 @@ class Run:
 
     def _text(self) -> None:
         data, seed, folder = self.config.data, self.config.seed, self.paths.text
+        settings: dict[str, Any] = {"data": data.model_dump()}
         if data.builtin == "world":
             languages = (data.source_language, data.target_language)
-            self.steps.do(
+            self.source, self.target = world_corpora(data, folder)
+            self.steps.add(
                 "text",
                 "write the bilingual world",
-                {"seed": seed, "data": data.model_dump()},
+                {**settings, "seed": seed},
                 (),
                 lambda: write_world(folder, seed, data.world_documents, *languages),
-                folder=folder,
+                makes=(folder,),
             )
-            self.source, self.target = world_corpora(data, folder)
         else:
             self.source, self.target = open_corpora(data)
-            hashes = {**self.source.hashes(), **self.target.hashes()}
-            self.steps.do("text", "read the texts", {"files": hashes, "data": data.model_dump()}, (), self._count)
+            hashes = [self.source.hashes(), self.target.hashes()]
+            self.steps.add("text", "read the texts", {**settings, "files": hashes}, (), self._count)
 
     def _count(self) -> dict[str, Any]:
         """Read every document once: a broken file stops the run here, before anything is trained."""
@@ -136,9 +136,9 @@ class Run:
 
     def _base_tokenizer(self) -> None:
         base, folder = self.config.base, self.paths.own_base / "tokenizer"
-        settings = {"path": base.path, "vocab_size": base.vocab_size}
         if base.path is not None:
-            self.steps.do("base_tokenizer", f"take the tokenizer of {base.path}", settings, ("text",), dict)
+            given = {"sha256": load_tokenizer(base.path).sha256}
+            self.steps.add("base_tokenizer", f"take the tokenizer of {base.path}", given, ("text",), dict)
             return
 
         def train() -> dict[str, Any]:
@@ -147,31 +147,30 @@ class Run:
             return dataclasses.asdict(train_tokenizer(texts, base.vocab_size, folder, language=language))
 
         title = f"train the base's tokenizer on {self.source.language} text"
-        self.steps.do("base_tokenizer", title, settings, ("text",), train, folder=folder)
+        self.steps.add("base_tokenizer", title, {"vocab_size": base.vocab_size}, ("text",), train, makes=(folder,))
 
     def _base_model(self) -> None:
         base, paths = self.config.base, self.paths
-        settings = {**base.model_dump(), "seed": self.config.seed}
         if base.path is not None:
-            self.steps.do("base", f"take the base model {base.path}", settings, ("base_tokenizer",), dict)
+            given = {"fingerprint": fingerprint(base.path)}
+            self.steps.add("base", f"take the base model {base.path}", given, ("base_tokenizer",), dict)
             return
         assert base.train is not None and base.shape is not None  # a rule of the configuration
+        job_folder, shards = paths.own_base / "train", paths.own_base / "shards"
 
         def train() -> dict[str, Any]:
             assert base.train is not None
             source = self.source
-            prefixes = self._build(
-                paths.own_base / "shards", paths.base_tokenizer, {"train": source, "held_out": source}
-            )
+            prefixes = self._build(shards, paths.base_tokenizer, {"train": source, "held_out": source})
             data = self._sources({prefixes["train"]: (source, 1.0)}, {prefixes["held_out"]: source})
-            job = self._job(base.train, paths.own_base / "train", paths.base_tokenizer, data, shape=base.shape)
+            job = self._job(base.train, job_folder, paths.base_tokenizer, data, shape=base.shape)
             checkpoint = run_job(job, base.train.num_processes)
             return convert(checkpoint, paths.base_model, "hf", tokenizer=paths.base_tokenizer, dtype=None)
 
         title = f"train the base model on {self.source.language} text"
-        self.steps.do(
-            "base", title, settings, ("base_tokenizer",), train, folder=paths.own_base / "train", resumable=True
-        )
+        settings = {**base.model_dump(), "seed": self.config.seed, "vocab_divisor": self.config.vocab_divisor}
+        makes = (job_folder, shards, paths.base_model)
+        self.steps.add("base", title, settings, ("text", "base_tokenizer"), train, makes=makes, resumable=job_folder)
 
     def _adapt_tokenizer(self) -> None:
         tokenizer, paths, target = self.config.tokenizer, self.paths, self.target
@@ -194,13 +193,13 @@ class Run:
 
         extend = tokenizer.method == "extend"
         title = f"extend the tokenizer for {target.language}" if extend else "keep the base's tokenizer"
-        folder = paths.tokenizer if extend else None
-        self.steps.do("tokenizer", title, tokenizer.model_dump(), ("base_tokenizer",), adapt, folder=folder)
+        makes = (paths.tokenizer,) if extend else ()
+        self.steps.add("tokenizer", title, tokenizer.model_dump(), ("text", "base_tokenizer"), adapt, makes=makes)
 
     def _surgery(self) -> None:
         surgery, paths = self.config.surgery, self.paths
         if self.config.tokenizer.method == "none":
-            self.steps.do("surgery", "no surgery: the vocabulary is the base's", {}, ("base", "tokenizer"), dict)
+            self.steps.add("surgery", "no surgery: the vocabulary is the base's", {}, ("base", "tokenizer"), dict)
             return
 
         def operate() -> dict[str, Any]:
@@ -210,7 +209,7 @@ class Run:
             return apply_surgery(plan, paths.base_model, paths.operated_model, paths.tokenizer)
 
         title = f"vocabulary surgery: {surgery.embedding} for the embedding, {surgery.head} for the head"
-        self.steps.do("surgery", title, surgery.model_dump(), ("base", "tokenizer"), operate, folder=paths.surgery)
+        self.steps.add("surgery", title, surgery.model_dump(), ("base", "tokenizer"), operate, makes=(paths.surgery,))
 
     def _shards(self) -> None:
         paths = self.paths
@@ -224,7 +223,8 @@ class Run:
             return {}
 
         title = "tokenise both languages into indexed datasets"
-        self.steps.do("shards", title, {}, ("tokenizer",), build, folder=paths.shards)
+        needs = ("text", "base_tokenizer", "tokenizer")
+        self.steps.add("shards", title, {}, needs, build, makes=(paths.shards,))
 
     def _adapt(self) -> None:
         learn, paths = self.config.train, self.paths
@@ -240,9 +240,9 @@ class Run:
             return {"checkpoint": str(run_job(job, learn.num_processes))}
 
         title = f"continue pre-training on {target.language} with {learn.replay:.0%} {source.language}"
-        needs = ("surgery", "shards")
+        needs = ("base", "tokenizer", "surgery", "shards")
         settings = {**learn.model_dump(), "seed": self.config.seed, "vocab_divisor": self.config.vocab_divisor}
-        self.steps.do("train", title, settings, needs, train, folder=paths.train, resumable=True)
+        self.steps.add("train", title, settings, needs, train, makes=(paths.train,), resumable=paths.train)
 
     def _export(self) -> None:
         paths = self.paths
@@ -260,7 +260,19 @@ class Run:
             return {"verified_tensors": verified["tensors"], "logit_parity": parity}
 
         title = "export to Hugging Face and verify: every tensor, and the logits"
-        self.steps.do("export", title, {}, ("train",), export, folder=paths.exported_model)
+        needs = ("tokenizer", "train")
+        self.steps.add("export", title, {}, needs, export, makes=(paths.exported_model,), is_result=True)
+
+    def _report(self) -> None:
+        self.steps.add(
+            "report",
+            "measure base, surgery and result; write the report",
+            {},
+            ("text", "base_tokenizer", "base", "tokenizer", "surgery", "shards", "train", "export"),
+            lambda: write_run_report(self.resolved, self.paths, self.steps, self.source, self.target),
+            makes=(self.root / REPORT_JSON, self.root / REPORT_MD),
+            is_result=True,
+        )
 
     def _build(self, folder: Path, tokenizer: Path, corpora: dict[str, Corpus]) -> dict[str, str]:
         """Build one dataset for each name; a name that ends in "held_out" takes the held-out texts."""

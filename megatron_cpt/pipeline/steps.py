@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,37 @@ from megatron_cpt import __version__
 from megatron_cpt.config.manifest import read_json, sha256_json, write_json_atomic
 
 
-class Steps:
-    """Runs the steps of one run folder and remembers what each was made from.
+@dataclass(frozen=True)
+class Step:
+    """One step, with its key: a hash of its settings and of the keys of the steps it builds on."""
 
-    `steps/<name>.json` holds the step's key (a hash of its settings and of the keys of the steps it
-    builds on), whether it is done, how long it took and what it found. A step whose record is done
-    under the same key is not run again; one that was cut off begins anew, or, when it can, goes on.
+    name: str
+    title: str
+    key: str
+    needs: tuple[str, ...]
+    action: Callable[[], dict[str, Any]]
+    makes: tuple[Path, ...]
+    resumable: Path | None
+    is_result: bool
+
+
+class Steps:
+    """The steps of one run folder; remembers what each was made from.
+
+    `steps/<name>.json` holds a step's key, whether it is done, how long it took and what it found. A
+    step is run when it has no record that is done under its key, or when something it makes is
+    missing and wanted: because it is a result of the run, or because a step that is run needs it. So
+    intermediate files may be deleted when the run is over.
 
     Args:
         root: the run folder.
-        total: number of steps, for the heading.
     """
 
-    def __init__(self, root: Path, total: int) -> None:
-        self.root, self.total, self.number = root, total, 0
-        self.keys: dict[str, str] = {}
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.steps: list[Step] = []
 
-    def do(
+    def add(
         self,
         name: str,
         title: str,
@@ -36,10 +51,11 @@ class Steps:
         needs: tuple[str, ...],
         action: Callable[[], dict[str, Any]],
         *,
-        folder: Path | None = None,
-        resumable: bool = False,
-    ) -> dict[str, Any]:
-        """Do a step unless it is done.
+        makes: tuple[Path, ...] = (),
+        resumable: Path | None = None,
+        is_result: bool = False,
+    ) -> None:
+        """Add a step after those it needs.
 
         Args:
             name: of the record.
@@ -47,34 +63,69 @@ class Steps:
             settings: everything the step depends on beside earlier steps.
             needs: names of the steps it builds on.
             action: does it; returns facts for the report.
-            folder: what it makes; removed before it begins anew.
-            resumable: the action itself continues what it finds in `folder`.
-
-        Returns:
-            the facts, from the action or from the record.
+            makes: files and folders it makes; removed before it begins anew.
+            resumable: the one of them that the action continues when it is of the same key.
+            is_result: what it makes is what the run is for.
         """
-        self.number += 1
-        key = sha256_json([__version__, dict(settings), [self.keys[need] for need in needs]])
-        self.keys[name] = key
-        path = self.root / "steps" / f"{name}.json"
-        record = read_json(path) if path.exists() else {}
-        same = record.get("key") == key
-        heading = f"[{self.number}/{self.total}] {title}"
-        if same and record.get("done"):
-            print(f"{heading}: done before", flush=True)
-            facts: dict[str, Any] = record["facts"]
-            return facts
-        print(heading, flush=True)
-        if folder is not None and folder.exists() and not (resumable and same):
-            shutil.rmtree(folder)
-        write_json_atomic(path, {"key": key, "done": False})
-        begun = time.monotonic()
-        facts = action()
-        seconds = round(time.monotonic() - begun, 2)
-        write_json_atomic(path, {"key": key, "done": True, "seconds": seconds, "facts": facts})
-        return facts
+        keys = {step.name: step.key for step in self.steps}
+        key = sha256_json([__version__, dict(settings), [keys[need] for need in needs]])
+        self.steps.append(Step(name, title, key, needs, action, makes, resumable, is_result))
+
+    def run(self) -> dict[str, Any]:
+        """Run the steps that have to be run, in order; returns the facts of the last one."""
+        wanted = self._wanted()
+        for number, step in enumerate(self.steps, 1):
+            heading = f"[{number}/{len(self.steps)}] {step.title}"
+            if step.name in wanted:
+                print(heading, flush=True)
+                self._run(step)
+            else:
+                print(f"{heading}: done before", flush=True)
+        return self.facts(self.steps[-1].name)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What a step that is done found."""
+        found: dict[str, Any] = read_json(self._path(name))["facts"]
+        return found
 
     def seconds(self) -> dict[str, float]:
         """How long each finished step of this run took."""
-        records = ((name, read_json(self.root / "steps" / f"{name}.json")) for name in self.keys)
-        return {name: record["seconds"] for name, record in records if record["done"]}
+        records = {step.name: self._record(step) for step in self.steps}
+        return {name: record["seconds"] for name, record in records.items() if record.get("done")}
+
+    def _wanted(self) -> set[str]:
+        """Names of the steps to run, found from the last to the first."""
+        wanted: set[str] = set()
+        needed: set[str] = set()
+        for step in reversed(self.steps):
+            done = self._record(step).get("done", False)
+            asked = step.is_result or step.name in needed
+            if not done or (asked and not all(path.exists() for path in step.makes)):
+                wanted.add(step.name)
+                needed |= set(step.needs)
+        return wanted
+
+    def _run(self, step: Step) -> None:
+        same = bool(self._record(step))
+        for path in step.makes:
+            if same and path == step.resumable:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        write_json_atomic(self._path(step.name), {"key": step.key, "done": False})
+        begun = time.monotonic()
+        facts = step.action()
+        seconds = round(time.monotonic() - begun, 2)
+        record = {"key": step.key, "done": True, "seconds": seconds, "facts": facts}
+        write_json_atomic(self._path(step.name), record)
+
+    def _record(self, step: Step) -> dict[str, Any]:
+        """The record of a step under its key, or nothing."""
+        path = self._path(step.name)
+        record: dict[str, Any] = read_json(path) if path.exists() else {}
+        return record if record.get("key") == step.key else {}
+
+    def _path(self, name: str) -> Path:
+        return self.root / "steps" / f"{name}.json"
