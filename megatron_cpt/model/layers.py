@@ -28,11 +28,13 @@ class PackedDocuments:
         cu_seqlens: (documents + 1,) int32 on the host; first 0, last N.
         position_ids_N: int64 on the device, counted from the start of each document.
         max_seqlen: longest document, tokens.
+        logit_positions: where logits are wanted when there are no labels; None: everywhere.
     """
 
     cu_seqlens: Tensor
     position_ids_N: Tensor
     max_seqlen: int
+    logit_positions: Tensor | None = None
     qkv_format: str = "packed"
 
 

@@ -47,7 +47,7 @@ class LlamaModel(GPTModel):
     Differences from the base class: rotary positions restart with each document; the loss is
     `kernels.linear_cross_entropy` over the true vocabulary, so that the full logits never exist and
     padded rows take no part in the softmax. The last stage returns loss_N in nats with labels, and
-    without them the fp32 logits_NV of the true vocabulary (for proofs; they are held whole).
+    without them, for proofs, fp32 logits over the true vocabulary at the wanted positions.
     """
 
     config: LlamaEngineConfig
@@ -62,7 +62,9 @@ class LlamaModel(GPTModel):
         angles_NK = torch.outer(packed.position_ids_N.float(), inverse_frequencies).repeat(1, 2)
         return decoder_input, angles_NK[:, None, None, :], None, None, None, None
 
-    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **_: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, labels: Tensor | None, packed_seq_params: PackedDocuments, **_: Any
+    ) -> Tensor:
         if not self.post_process:
             return hidden_states
         group = self.pg_collection.tp
@@ -75,7 +77,9 @@ class LlamaModel(GPTModel):
         else:
             hidden_N1D = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=group)
         if labels is None:
-            logits_NL = hidden_N1D.squeeze(1) @ weight_LD.t()
+            positions = packed_seq_params.logit_positions
+            hidden_ND = hidden_N1D.squeeze(1) if positions is None else hidden_N1D.squeeze(1)[positions]
+            logits_NL = hidden_ND @ weight_LD.t()
             logits_NP = tensor_parallel.gather_from_tensor_model_parallel_region(logits_NL, group=group)
             return logits_NP[:, : self.config.vocab_size].float()
         return linear_cross_entropy(

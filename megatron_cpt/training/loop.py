@@ -28,8 +28,9 @@ from megatron_cpt.training.inputs import Inputs, read_inputs
 from megatron_cpt.training.metrics import MetricsLog
 from megatron_cpt.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megatron_cpt.training.state import load_weights, resume, save_checkpoint
-from megatron_cpt.training.step import MicroBatch, StepSums, full_logits, run_schedule, to_device
+from megatron_cpt.training.step import MicroBatch, StepSums, logits_at, run_schedule, to_device
 
+PROOF_TOKENS = 8192  # at most this much context is proven; the model's full context where it is shorter
 PROOF_POSITIONS = 128  # positions whose logits are kept, evenly spaced, the first and the last included
 
 
@@ -160,14 +161,17 @@ class Trainer:
         """Save a checkpoint, with the model's own logits beside it as the proof for every export."""
         for chunk in self.model:
             chunk.eval()
-        tokens_N = torch.from_numpy(self.inputs.plan.sample(0).tokens[: self.config.batch.seq_length])
-        logits_NV = full_logits(self.model, self.mesh, tokens_N)
+        dataset = self.inputs.plan.datasets[0]
+        length = min(self.inputs.shape.max_position_embeddings, dataset.num_tokens, PROOF_TOKENS)
+        length -= length % self.mesh.tensor_size  # sequence parallelism cuts the tokens evenly
+        tokens_N = torch.from_numpy(dataset.tokens(0, length)[0])
+        positions_P = torch.linspace(0, length - 1, min(length, PROOF_POSITIONS)).round().long()
+        logits_PV = logits_at(self.model, self.mesh, tokens_N, positions_P)
         for chunk in self.model:
             chunk.train()
         proof = None
-        if logits_NV is not None and self.mesh.tensor_rank == 0 and self.mesh.data_rank == 0:
-            positions = torch.linspace(0, len(tokens_N) - 1, min(len(tokens_N), PROOF_POSITIONS)).round().long()
-            proof = {"tokens": tokens_N, "positions": positions, "logits": logits_NV[positions].contiguous()}
+        if logits_PV is not None and self.mesh.tensor_rank == 0 and self.mesh.data_rank == 0:
+            proof = {"tokens": tokens_N, "positions": positions_P, "logits": logits_PV.contiguous()}
         save_checkpoint(self.model, self.optimizer, step, self.config, self.facts, self.inputs.shape, proof)
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -205,13 +209,15 @@ class Trainer:
         return to_device(batch(self.inputs.plan, range(first, first + size)))
 
     def _bits_per_byte(self, sums: StepSums) -> dict[str, float]:
-        """Training loss of each source in bits per byte, its bytes per token taken from the manifest."""
-        found = {}
-        for index, language in enumerate(self.inputs.plan.languages):
-            if sums.tokens[index]:
-                num_bytes = sums.tokens[index] * self.inputs.plan.datasets[index].manifest["bytes_per_token"]
-                found[language] = float(sums.nats[index] / math.log(2) / num_bytes)
-        return found
+        """Training loss of each language in bits per byte, bytes per token taken from the manifests."""
+        bits: dict[str, float] = {}
+        num_bytes: dict[str, float] = {}
+        plan = self.inputs.plan
+        for index, (language, dataset) in enumerate(zip(plan.languages, plan.datasets, strict=True)):
+            bits[language] = bits.get(language, 0.0) + float(sums.nats[index]) / math.log(2)
+            text = float(sums.tokens[index]) * dataset.manifest["bytes_per_token"]
+            num_bytes[language] = num_bytes.get(language, 0.0) + text
+        return {language: bits[language] / size for language, size in num_bytes.items() if size}
 
     @contextmanager
     def _whole_parameters(self) -> Iterator[None]:

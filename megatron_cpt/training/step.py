@@ -98,13 +98,14 @@ def run_schedule(
     return _reduce(sums, mesh)
 
 
-def full_logits(model: Sequence[Any], mesh: Mesh, tokens_N: Tensor) -> Tensor | None:
-    """fp32 logits (N, V) of one document; on the ranks of the last stage, None elsewhere."""
+def logits_at(model: Sequence[Any], mesh: Mesh, tokens_N: Tensor, positions_P: Tensor) -> Tensor | None:
+    """fp32 logits (P, V) at P positions of one document; on the ranks of the last stage, None elsewhere."""
     num_micro_batches = mesh.pipeline_size if mesh.virtual_size else 1  # the interleaved schedule's least
     num_tokens = len(tokens_N)
     device = current_device().torch_device()
     positions_N = torch.arange(num_tokens, device=device)
-    document = PackedDocuments(torch.tensor([0, num_tokens], dtype=torch.int32), positions_N, num_tokens)
+    borders = torch.tensor([0, num_tokens], dtype=torch.int32)
+    document = PackedDocuments(borders, positions_N, num_tokens, positions_P.to(device))
 
     def forward_step(_: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         output = chunk(
@@ -113,7 +114,7 @@ def full_logits(model: Sequence[Any], mesh: Mesh, tokens_N: Tensor) -> Tensor | 
             attention_mask=None,
             packed_seq_params=document,
         )
-        return output, lambda logits_NV, non_loss_data: logits_NV
+        return output, lambda logits_PV, non_loss_data: logits_PV
 
     with torch.no_grad():
         found = get_forward_backward_func()(

@@ -18,7 +18,7 @@ from megatron_cpt.data import Document, IndexedDataset, build_dataset
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.evaluation import bits_per_byte, logit_parity, probe_accuracy, score_dataset
 from megatron_cpt.tokenizer import load_tokenizer, train_tokenizer
-from tests.training.conftest import Tiny, make_tiny, write_documents
+from tests.training.conftest import SHAPE, Tiny, make_tiny, write_documents, write_tokenizer
 
 SEQ_LENGTH = 32
 
@@ -73,6 +73,17 @@ def test_command_line_gives_the_same(model: Tiny, tmp_path: Path, capsys: pytest
     assert "expected LANGUAGE=FILE" in capsys.readouterr().err
 
 
+def test_another_models_tokenizer_is_refused(model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A larger vocabulary than the model's, and one of the same size that the checkpoint was not made for."""
+    text = tmp_path / "text.txt"
+    text.write_text("abc def\n")
+    for size, folder in ((264, model.hf), (256, model.initial)):
+        write_tokenizer(tmp_path / str(size), write_documents(11, 100), size)
+        words = ["evaluate", str(folder), "--text", f"xx={text}", "--tokenizer", str(tmp_path / str(size))]
+        assert main(words) == 2
+        assert f"is not the tokenizer of {folder}, which has 256 vocabulary rows" in capsys.readouterr().err
+
+
 def test_equals_validation_during_training(model: Tiny) -> None:
     metrics = model.train_many({"scored": {"train_steps": 2, "optimizer": {"warmup_steps": 0}}}, 1)["scored"]
     validations = [record["validation"]["a"]["bits_per_byte"] for record in metrics if "validation" in record]
@@ -90,7 +101,7 @@ def test_logit_parity_sees_a_changed_weight(model: Tiny, tmp_path: Path) -> None
     checkpoint = model.root / "scored" / "checkpoints" / "iter_0000002"
     convert(checkpoint, tmp_path / "hf", "hf", tokenizer=model.tokenizer)
     parity = logit_parity(tmp_path / "hf", checkpoint / "proof.safetensors")
-    assert parity["max_abs_diff"] <= 1e-4 and parity["last_position"] == SEQ_LENGTH - 1
+    assert parity["max_abs_diff"] <= 1e-4 and parity["last_position"] == SHAPE.max_position_embeddings - 1
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     weights["model.layers.3.self_attn.k_proj.weight"][5] += 0.05
     save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.errors import InputError
 from megatron_cpt.training.job import run_job
-from tests.training.conftest import STEPS, Tiny
+from tests.training.conftest import SHAPE, STEPS, Tiny
 
 HALF = STEPS // 2
 SAVES = {"checkpoint": {"save_interval_steps": HALF, "keep_last": 2}}
@@ -87,5 +87,5 @@ def test_changed_setting_is_refused(runs: dict[str, list[dict[str, Any]]], tiny:
 
 def test_proof_travels_with_the_checkpoint(runs: dict[str, list[dict[str, Any]]], tiny: Tiny) -> None:
     proof = load_file(tiny.root / "unbroken" / "checkpoints" / f"iter_{STEPS:07d}" / "proof.safetensors")
-    assert proof["positions"][-1] == len(proof["tokens"]) - 1 == 31
+    assert proof["positions"][-1] == len(proof["tokens"]) - 1 == SHAPE.max_position_embeddings - 1
     assert proof["logits"].shape == (len(proof["positions"]), 250) and proof["logits"].dtype == torch.float32
