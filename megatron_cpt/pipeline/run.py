@@ -94,7 +94,7 @@ class Run:
         """Take the folder for this configuration, or refuse one that holds another run."""
         record = self.root / "run.json"
         identity = sha256_json(self.config.model_dump(mode="json", exclude={"output"}))  # a run may be moved
-        if record.exists():
+        if record.exists() and self.steps.any_done():  # a run that has made nothing yet may be corrected
             held = read_json(record, ConfigError)
             if held.get("identity") != identity:
                 raise ConfigError(

@@ -83,6 +83,10 @@ class Steps:
                 print(f"{heading}: done before", flush=True)
         return self.facts(self.steps[-1].name)
 
+    def any_done(self) -> bool:
+        """Whether any step was finished in this folder, under whatever key."""
+        return any(read_json(path).get("done") for path in (self.root / "steps").glob("*.json"))
+
     def facts(self, name: str) -> dict[str, Any]:
         """What a step that is done found."""
         found: dict[str, Any] = read_json(self._path(name))["facts"]
