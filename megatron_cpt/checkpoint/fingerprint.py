@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_cpt.config.manifest import sha256_bytes, sha256_json
+from megatron_cpt.checkpoint.hf_config import CONFIG
+from megatron_cpt.checkpoint.metadata import METADATA
+from megatron_cpt.config.manifest import MANIFEST, sha256_bytes, sha256_json
 from megatron_cpt.errors import CheckpointError
 
-_DESCRIPTIONS = ("config.json", "manifest.json", ".metadata")
+_DESCRIPTIONS = (CONFIG, MANIFEST, METADATA)
 _WEIGHTS = (".safetensors", ".distcp")
 _END_BYTES = 1 << 20
 
@@ -23,7 +25,8 @@ def fingerprint(folder: str | Path) -> str:
         CheckpointError: the folder cannot be read.
     """
     try:
-        paths = [path for path in sorted(Path(folder).iterdir()) if path.name.endswith(_WEIGHTS + _DESCRIPTIONS)]
+        names = [path.name for path in Path(folder).iterdir()]
+        paths = [Path(folder, name) for name in sorted(names) if name in _DESCRIPTIONS or name.endswith(_WEIGHTS)]
         return sha256_json([[path.name, path.stat().st_size, _ends(path)] for path in paths])
     except OSError as caught:
         raise CheckpointError(f"cannot read {folder}: {caught.strerror or caught}; give a model's folder") from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron_cpt.config.manifest import read_json, sha256_file
-from megatron_cpt.errors import TokenizerError
+from megatron_cpt.config.manifest import MANIFEST, read_json, sha256_file
+from megatron_cpt.errors import CheckpointError, TokenizerError
 
 MODEL_FILES = ("tokenizer.model", "tokenizer.json")  # the first that is there is the tokenizer's identity
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -18,6 +18,14 @@ def tokenizer_sha256(folder: Path | None) -> str | None:
         if (folder / name).is_file():  # type: ignore[operator]
             return sha256_file(folder / name)  # type: ignore[operator]
     return None
+
+
+def recorded_tokenizer(model_folder: Path) -> str | None:
+    """Hash of the tokenizer a model belongs to, by its manifest, else by its own files; None: not known."""
+    path = model_folder / MANIFEST
+    manifest = read_json(path, CheckpointError) if path.exists() else None
+    recorded = manifest.get("tokenizer_sha256") if isinstance(manifest, dict) else None
+    return recorded or tokenizer_sha256(model_folder)
 
 
 def matching_tokenizer(model_folder: Path, recorded: str | None, given: Path | None) -> tuple[Path | None, str | None]:

@@ -21,6 +21,7 @@ from megatron_cpt.runtime.launcher import launch
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.tokenizer import Tokenizer
 from megatron_cpt.training.folder import (
+    checkpoint_folders,
     initial_folder,
     last_checkpoint,
     refuse_other_run,
@@ -43,6 +44,10 @@ def run_job(config: TrainConfig, num_processes: int) -> Path:
     """
     output = Path(config.output)
     prepare(config, num_processes)
+    done = checkpoint_folders(output)
+    if done and done[-1][0] >= config.train_steps:
+        print(f"{output}: all {config.train_steps} steps are done already", flush=True)
+        return done[-1][1]
     job = output / "logs" / "job.json"
     write_text_atomic(job, config.model_dump_json(indent=2) + "\n")
     launch("megatron_cpt.training.worker", [str(job)], num_processes, output / "logs")

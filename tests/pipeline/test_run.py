@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from megatron_cpt.checkpoint import LlamaForward
 from megatron_cpt.cli.main import main
 from megatron_cpt.data.world import World
+from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.metrics import read_metrics
@@ -119,6 +120,51 @@ def test_second_call_does_nothing(run: Path, capsys: pytest.CaptureFixture[str])
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in watched} == before
 
 
+def test_second_call_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words(run), "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["config_hash"] == report_of(run)["config_hash"] and "done before" in error
+
+
+def contents(model: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in model.iterdir()}
+
+
+def test_what_is_missing_is_made_again_where_it_is_wanted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a finished run the model and the report are wanted; the rest may be deleted."""
+    output = tmp_path / "moved"
+    shutil.copytree(run, output)
+    for intermediate in ("surgery", "shards", "base"):
+        shutil.rmtree(output / intermediate)
+    assert main(words(output)) == 0
+    assert capsys.readouterr().out.count("done before") == 9
+    shutil.rmtree(output / "hf")
+    assert main(words(output)) == 0
+    assert capsys.readouterr().out.count("done before") == 8
+    assert contents(output / "hf") == contents(run / "hf")
+
+
+def test_a_base_that_was_cut_off_at_its_end_goes_on(run: Path, tmp_path: Path) -> None:
+    """Exported but not recorded: it is not trained again, and its folder is no obstacle."""
+    output = tmp_path / "moved"
+    shutil.copytree(run, output)
+    record = output / "steps" / "base.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "done": False}))
+    metrics = (output / "base" / "train" / "metrics.jsonl").stat()
+    assert main(words(output)) == 0
+    assert json.loads(record.read_text())["done"]
+    assert (output / "base" / "train" / "metrics.jsonl").stat().st_mtime_ns == metrics.st_mtime_ns
+    assert contents(output / "base" / "hf") == contents(run / "base" / "hf")
+
+
+def test_two_runs_in_one_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lock_folder(run):
+        assert main(words(run)) == 2
+    assert "another job is running in" in capsys.readouterr().err
+
+
 def test_changed_configuration_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "config.yaml").read_text()
     assert main(words(run, "train.replay=0.3")) == 2
@@ -131,6 +177,8 @@ def test_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(words(tmp_path)) == 2
     assert "is not empty (thesis.tex)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert main(words(tmp_path / "thesis.tex")) == 2
+    assert "thesis.tex is a file" in capsys.readouterr().err
 
 
 def test_impossible_layout_is_refused_before_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
