@@ -1,5 +1,6 @@
 """Checkpoints of a Llama: read, written, converted and verified without building a model."""
 
+from megatron_cpt.checkpoint.belonging import check_belongs
 from megatron_cpt.checkpoint.convert import convert
 from megatron_cpt.checkpoint.forward import LlamaForward
 from megatron_cpt.checkpoint.hf_config import hf_config, parse_hf_config, read_shape
@@ -18,6 +19,7 @@ __all__ = [
     "LlamaForward",
     "ModelReader",
     "TorchDistReader",
+    "check_belongs",
     "convert",
     "hf_config",
     "hf_shapes",

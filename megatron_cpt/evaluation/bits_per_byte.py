@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint import LlamaForward
+from megatron_cpt.checkpoint import LlamaForward, check_belongs
 from megatron_cpt.data import IGNORED, Document, IndexedDataset, batch, build_dataset, validation_windows
 from megatron_cpt.tokenizer import load_tokenizer
 
@@ -84,10 +84,15 @@ def bits_per_byte(
 
     Returns:
         what `score_dataset` returns.
+
+    Raises:
+        CheckpointError: the tokenizer is not the model's.
     """
     path = tokenizer if tokenizer is not None else model
+    loaded = load_tokenizer(path)
+    check_belongs(model, loaded, padded=True)
+    forward = LlamaForward(model, cache=True)
     with TemporaryDirectory(prefix="megatron-cpt-") as folder:
         prefix = Path(folder) / "text"
         build_dataset(documents, path, prefix, "")
-        forward = LlamaForward(model, cache=True)
-        return score_dataset(forward, IndexedDataset(prefix), seq_length, load_tokenizer(path).eos_id, on_progress)
+        return score_dataset(forward, IndexedDataset(prefix), seq_length, loaded.eos_id, on_progress)

@@ -10,13 +10,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.checkpoint import open_torch_dist, read_shape
+from megatron_cpt.checkpoint import check_belongs, open_torch_dist, read_shape
 from megatron_cpt.checkpoint.metadata import METADATA
-from megatron_cpt.checkpoint.tokenizer_files import tokenizer_sha256
-from megatron_cpt.config.manifest import MANIFEST, read_json
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
 from megatron_cpt.data import IndexedDataset, SamplePlan
-from megatron_cpt.errors import CheckpointError, ConfigError, DataError
+from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.planning.layout import Layout, check_layout
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -68,23 +66,12 @@ def _shape(config: TrainConfig, tokenizer: Tokenizer) -> LlamaShape:
         assert config.shape is not None  # a rule of the configuration
         return config.shape
     folder = Path(config.initial_checkpoint)
-    shape, vocab_size = read_shape(folder)
+    shape, _ = read_shape(folder)
     if is_given_in_form(config):
         open_torch_dist(folder)  # reads its index without running it, and refuses one that would run something
     if config.shape not in (None, shape):
         raise ConfigError(f"shape is not that of initial_checkpoint={folder}; leave it out, the checkpoint states it")
-    if vocab_size != tokenizer.vocab_size:
-        raise CheckpointError(
-            f"{folder} has {vocab_size} vocabulary rows but the tokenizer {tokenizer.path} has "
-            f"{tokenizer.vocab_size} pieces; they are not of the same model: run surgery first, or give its tokenizer"
-        )
-    recorded = read_json(folder / MANIFEST).get("tokenizer_sha256") if (folder / MANIFEST).exists() else None
-    made_for = recorded or tokenizer_sha256(folder)
-    if made_for not in (None, tokenizer.sha256):
-        raise CheckpointError(
-            f"{folder} was made for another tokenizer (SHA-256 {made_for[:12]}...) than "
-            f"{tokenizer.path} ({tokenizer.sha256[:12]}...), though their sizes agree; give the one it was made for"
-        )
+    check_belongs(folder, tokenizer)
     return shape
 
 

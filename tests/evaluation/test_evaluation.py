@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_cpt.checkpoint import LlamaForward, convert, hf_config, hf_shapes, write_hf
+from megatron_cpt.checkpoint.random import write_random_hf
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.data import Document, IndexedDataset, build_dataset
@@ -73,15 +74,23 @@ def test_command_line_gives_the_same(model: Tiny, tmp_path: Path, capsys: pytest
     assert "expected LANGUAGE=FILE" in capsys.readouterr().err
 
 
-def test_another_models_tokenizer_is_refused(model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A larger vocabulary than the model's, and one of the same size that the checkpoint was not made for."""
+def test_another_tokenizer_is_refused(model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its size, and by its hash where the size agrees; rows of padding are no reason."""
     text = tmp_path / "text.txt"
     text.write_text("abc def\n")
-    for size, folder in ((264, model.hf), (256, model.initial)):
-        write_tokenizer(tmp_path / str(size), write_documents(11, 100), size)
-        words = ["evaluate", str(folder), "--text", f"xx={text}", "--tokenizer", str(tmp_path / str(size))]
-        assert main(words) == 2
-        assert f"is not the tokenizer of {folder}, which has 256 vocabulary rows" in capsys.readouterr().err
+    words = ["evaluate", str(model.hf), "--text", f"xx={text}", "--seq-length", "32"]
+    for size, reason in ((240, "has 256 vocabulary rows but the tokenizer"), (256, "was made for another tokenizer")):
+        write_tokenizer(tmp_path / str(size), write_documents(7, 100), size)
+        for folder in (model.hf, model.initial):
+            assert main(["evaluate", str(folder), *words[2:], "--tokenizer", str(tmp_path / str(size))]) == 2
+            printed = capsys.readouterr()
+            assert f"error: {folder} {reason}" in printed.err and not printed.out
+    assert main([*words, "--tokenizer", str(model.tokenizer)]) == 0
+    padded = tmp_path / "padded"
+    write_random_hf(SHAPE, 264, 5, padded, 1, 2)
+    assert main(["evaluate", str(padded), *words[2:], "--tokenizer", str(model.tokenizer)]) == 2
+    (padded / "tokenizer.model").write_bytes((model.tokenizer / "tokenizer.model").read_bytes())
+    assert main(["evaluate", str(padded), *words[2:]]) == 0
 
 
 def test_equals_validation_during_training(model: Tiny) -> None:
