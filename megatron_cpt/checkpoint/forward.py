@@ -82,9 +82,16 @@ class LlamaForward:
         return self._norm(hidden_ND, FINAL_NORM).view(batch, length, -1)
 
     @torch.no_grad()
-    def logits(self, tokens_BS: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Logits over the true vocabulary (see `hidden`), logits_BSV in `dtype`."""
+    def logits(
+        self,
+        tokens_BS: Tensor,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        positions: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Logits over the true vocabulary (see `hidden`), logits_BSV in `dtype`; at `positions` of S alone if given."""
         hidden_BSD = self.hidden(tokens_BS, cu_seqlens)
+        if positions is not None:
+            hidden_BSD = hidden_BSD[:, positions]
         return torch.cat([F.linear(hidden_BSD, block_VD) for block_VD in self._blocks(self._head())], dim=-1)
 
     @torch.no_grad()

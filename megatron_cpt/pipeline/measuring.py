@@ -19,6 +19,7 @@ from megatron_cpt.evaluation import probe_accuracy, score_dataset
 from megatron_cpt.pipeline.corpus import Corpus, read_probe
 from megatron_cpt.pipeline.steps import Steps
 from megatron_cpt.reporting import write_report
+from megatron_cpt.runtime.device import current_device
 from megatron_cpt.tokenizer import fast_slow_mismatches, load_tokenizer, measure, source_lines_changed
 from megatron_cpt.training.metrics import read_metrics
 
@@ -121,7 +122,8 @@ def write_run_report(
     scores: dict[str, dict[str, float]] = {language: {} for language in languages}
     probe: dict[str, dict[str, Any]] = {language: {} for language in questions}
     for stage, (model, tokenizer_path, prefixes) in models.items():
-        forward, tokenizer = LlamaForward(model, cache=True), load_tokenizer(tokenizer_path)
+        forward = LlamaForward(model, cache=True, device=current_device().torch_device())
+        tokenizer = load_tokenizer(tokenizer_path)
         for language, prefix in prefixes.items():
             dataset = IndexedDataset(prefix)
             score = score_dataset(forward, dataset, config.train.batch.seq_length, tokenizer.eos_id)

@@ -33,8 +33,6 @@ from megatron_cpt.tokenizer import VocabMap, extend_tokenizer, load_tokenizer, t
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.job import run_job
 
-PARITY_FP32 = 1e-4  # largest difference of fp32 logits that the export of an fp32 run may have
-
 
 def run(resolved: Resolved[RunConfig]) -> dict[str, Any]:
     """Walk the whole path; what was done before with the same settings and texts is not done again.
@@ -251,11 +249,12 @@ class Run:
             checkpoint = last_checkpoint(paths.train)
             convert(checkpoint, paths.exported_model, "hf", tokenizer=paths.tokenizer)
             verified = verify(checkpoint, paths.exported_model)
-            parity = logit_parity(paths.exported_model, checkpoint / "proof.safetensors")
-            if self.config.train.precision == "fp32" and parity["max_abs_diff"] > PARITY_FP32:
+            proof, precision = checkpoint / "proof.safetensors", self.config.train.precision
+            parity = logit_parity(paths.exported_model, proof, precision)
+            if not parity["within_bound"]:
                 raise VerificationError(
                     f"the logits of {paths.exported_model} differ from the trained model's by "
-                    f"{parity['max_abs_diff']:.1e}, expected at most {PARITY_FP32:.0e}; do not use the export"
+                    f"{parity['max_abs_diff']:.1e}, expected at most {parity['bound']:.1e}; do not use the export"
                 )
             return {"verified_tensors": verified["tensors"], "logit_parity": parity}
 

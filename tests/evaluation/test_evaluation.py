@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.random import write_random_hf
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.data import Document, IndexedDataset, build_dataset
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, DataError
 from megatron_cpt.evaluation import bits_per_byte, logit_parity, probe_accuracy, score_dataset
 from megatron_cpt.tokenizer import load_tokenizer, train_tokenizer
 from tests.training.conftest import SHAPE, Tiny, make_tiny, write_documents, write_tokenizer
@@ -104,6 +104,12 @@ def test_equals_validation_during_training(model: Tiny) -> None:
     assert validations[0] != validations[-1]
 
 
+def test_a_dataset_without_bos_is_refused(model: Tiny, tmp_path: Path) -> None:
+    build_dataset(write_documents(7, 5), model.hf, tmp_path / "bare", "a", append_bos=False)
+    with pytest.raises(DataError, match="built without bos"):
+        score_dataset(LlamaForward(model.hf), IndexedDataset(tmp_path / "bare"), SEQ_LENGTH, eos_id=2)
+
+
 def test_logit_parity_sees_a_changed_weight(model: Tiny, tmp_path: Path) -> None:
     if not (model.root / "scored").exists():
         model.train_many({"scored": {"train_steps": 2, "optimizer": {"warmup_steps": 0}}}, 1)
@@ -114,9 +120,26 @@ def test_logit_parity_sees_a_changed_weight(model: Tiny, tmp_path: Path) -> None
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     weights["model.layers.3.self_attn.k_proj.weight"][5] += 0.05
     save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
-    assert logit_parity(tmp_path / "hf", checkpoint / "proof.safetensors")["max_abs_diff"] > 1e-4
+    changed = logit_parity(tmp_path / "hf", checkpoint / "proof.safetensors")
+    assert changed["max_abs_diff"] > 1e-4 and not changed["within_bound"] and parity["within_bound"]
     with pytest.raises(CheckpointError, match="does not exist"):
         logit_parity(tmp_path / "hf", tmp_path / "proof.safetensors")
+
+
+def test_logit_parity_in_bf16_is_bounded_by_the_arithmetic(model: Tiny, tmp_path: Path) -> None:
+    settings = {"train_steps": 2, "optimizer": {"warmup_steps": 0}, "precision": "bf16"}
+    model.train_many({"bf16": settings}, 1)
+    checkpoint = model.root / "bf16" / "checkpoints" / "iter_0000002"
+    proof = checkpoint / "proof.safetensors"
+    convert(checkpoint, tmp_path / "hf", "hf", tokenizer=model.tokenizer)
+    parity = logit_parity(tmp_path / "hf", proof, "bf16")
+    print(f"bf16: difference {parity['max_abs_diff']:.1e}, bound {parity['bound']:.1e}")
+    assert parity["within_bound"] and 1e-4 < parity["bound"] < 0.2 * parity["max_abs_logit"]
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    gate, up = (f"model.layers.3.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    weights[gate], weights[up] = 30 * weights[up], weights[gate]
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    assert not logit_parity(tmp_path / "hf", proof, "bf16")["within_bound"]
 
 
 def write_successor_model(folder: Path, vocab_size: int, likely: dict[int, int]) -> None:
