@@ -64,6 +64,11 @@ def launch(module: str, arguments: Sequence[str], num_processes: int, log_folder
         raise _failure(origin, processes[origin].returncode, _log_path(log_folder, origin))
 
 
+def started_by_launcher() -> bool:
+    """Whether this process, or the one it was forked from, is a rank that `launch` has started."""
+    return LAUNCHED in os.environ
+
+
 def die_with_launcher() -> None:
     """Make this rank end when its launcher dies, however it dies (Linux; elsewhere a no-op)."""
     launcher = os.environ.get(LAUNCHED)

@@ -42,25 +42,32 @@ def run_job(config: TrainConfig, num_processes: int) -> Path:
         InputError: something does not fit; nothing was changed.
         TrainingError: a rank failed.
     """
-    output = Path(config.output)
-    prepare(config, num_processes)
-    done = checkpoint_folders(output)
-    if done and done[-1][0] >= config.train_steps:
-        print(f"{output}: all {config.train_steps} steps are done already", flush=True)
-        return done[-1][1]
-    job = output / "logs" / "job.json"
-    write_text_atomic(job, config.model_dump_json(indent=2) + "\n")
-    launch("megatron_cpt.training.worker", [str(job)], num_processes, output / "logs")
+    inputs, output = read_inputs(config, num_processes), Path(config.output)
+    identity = run_identity(config, inputs)
+    refuse_other_run(output, identity)
+    # Held until the last rank has ended: what the ranks read and say lies in this folder.
+    with lock_folder(output):
+        refuse_other_run(output, identity)  # another job may have begun here before the lock was ours
+        done = checkpoint_folders(output)
+        if done and done[-1][0] >= config.train_steps:
+            print(f"{output}: all {config.train_steps} steps are done already", flush=True)
+            return done[-1][1]
+        _make_initial_once(config, inputs.tokenizer)
+        job = output / "logs" / "job.json"
+        write_text_atomic(job, config.model_dump_json(indent=2) + "\n")
+        launch("megatron_cpt.training.worker", [str(job)], num_processes, output / "logs")
     return last_checkpoint(output)
 
 
 def prepare(config: TrainConfig, world_size: int, rank: int = 0) -> None:
-    """Refuse wrong input, then bring the initial weights into `torch_dist` form, in `<output>/initial`, once.
+    """What `run_job` does before it starts ranks, for ranks that somebody else has started (torchrun, Slurm).
+
+    Refuses wrong input, then brings the initial weights into `torch_dist` form, in `<output>/initial`, once.
 
     Args:
         config: the job.
         world_size: number of ranks.
-        rank: where every rank calls it, rank 0 does the work and the others wait for it.
+        rank: this one; rank 0 does the work and the others wait for it.
 
     Raises:
         InputError: something does not fit; nothing was changed.
@@ -72,8 +79,7 @@ def prepare(config: TrainConfig, world_size: int, rank: int = 0) -> None:
         _wait_for_initial(config, inputs.tokenizer)
         return
     with lock_folder(output):
-        if not _is_ready(config, inputs.tokenizer):
-            _make_initial(config, inputs.tokenizer)
+        _make_initial_once(config, inputs.tokenizer)
 
 
 def _request(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -103,7 +109,9 @@ def _wait_for_initial(config: TrainConfig, tokenizer: Tokenizer) -> None:
         time.sleep(0.2)
 
 
-def _make_initial(config: TrainConfig, tokenizer: Tokenizer) -> None:
+def _make_initial_once(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    if _is_ready(config, tokenizer):
+        return
     initial, record = initial_folder(config), _record(config)
     record.unlink(missing_ok=True)
     shutil.rmtree(initial, ignore_errors=True)

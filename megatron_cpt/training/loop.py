@@ -21,6 +21,7 @@ from megatron_cpt.planning.flops import flops_per_token
 from megatron_cpt.planning.parameters import count_parameters
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import seed_everything
+from megatron_cpt.runtime.launcher import started_by_launcher
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.runtime.mesh import Mesh, World, start_mesh, world_from_environment
 from megatron_cpt.training.folder import claim_run_folder, initial_folder, run_identity
@@ -124,12 +125,13 @@ class Trainer:
 
     @contextmanager
     def _run_folder(self) -> Iterator[None]:
-        """Rank 0 holds the lock and checks the identity; its refusal is everybody's."""
+        """Rank 0 checks the identity and holds the lock, if the launcher does not; its refusal is everybody's."""
         refusal: list[InputError | None] = [None]
         with ExitStack() as stack:
             if self.is_main:
                 try:
-                    stack.enter_context(lock_folder(self.output))
+                    if not started_by_launcher():
+                        stack.enter_context(lock_folder(self.output))
                     claim_run_folder(self.output, run_identity(self.config, self.inputs))
                 except InputError as caught:
                     refusal = [caught]
