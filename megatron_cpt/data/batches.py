@@ -60,10 +60,16 @@ class ValidationWindows:
         """UTF-8 bytes of the text whose tokens are the labels: the divisor of bits per byte.
 
         Raises:
-            DataError: the dataset has no manifest that says so.
+            DataError: the dataset has no manifest that says so, or was built without bos, so that the bytes
+                of each document's first token would be divided by though that token is never scored.
         """
         if "text_bytes" not in self.dataset.manifest:
             raise DataError(f"{self.dataset.prefix} does not know its bytes of text; build it with this tool")
+        if not self.dataset.manifest["append_bos"]:
+            raise DataError(
+                f"{self.dataset.prefix} was built without bos, so the first token of each document is not scored and "
+                "bits per byte would be too low; build the held-out set again with `data build --bos`"
+            )
         return int(self.dataset.manifest["text_bytes"])
 
     def __len__(self) -> int:

@@ -42,8 +42,12 @@ def score_dataset(
 
     Returns:
         `bits_per_byte`, `nats_per_token`, `tokens` scored, `text_bytes`, `bytes_per_token`.
+
+    Raises:
+        DataError: the dataset was built without bos, or does not know its bytes of text.
     """
     windows = validation_windows(dataset, seq_length)
+    text_bytes = windows.text_bytes
     per_pass = max(1, TOKENS_PER_PASS // seq_length)
     nats, tokens = 0.0, 0
     for first in range(0, len(windows), per_pass):
@@ -58,11 +62,11 @@ def score_dataset(
         if on_progress is not None:
             on_progress(last, len(windows))
     return {
-        "bits_per_byte": nats / math.log(2) / windows.text_bytes,
+        "bits_per_byte": nats / math.log(2) / text_bytes,
         "nats_per_token": nats / max(1, tokens),
         "tokens": tokens,
-        "text_bytes": windows.text_bytes,
-        "bytes_per_token": windows.text_bytes / max(1, tokens),
+        "text_bytes": text_bytes,
+        "bytes_per_token": text_bytes / max(1, tokens),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_cpt.checkpoint import check_belongs, open_torch_dist, read_shape
 from megatron_cpt.checkpoint.metadata import METADATA
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
-from megatron_cpt.data import IndexedDataset, SamplePlan
+from megatron_cpt.data import IndexedDataset, SamplePlan, validation_windows
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.planning.layout import Layout, check_layout
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
@@ -52,6 +52,8 @@ def read_inputs(config: TrainConfig, world_size: int) -> Inputs:
     layout = check_layout(shape, tokenizer.vocab_size, divisor, config.parallel, config.batch, world_size)
     sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]
     validation = {source.language: _open(source.prefix, tokenizer) for source in config.data.validation}
+    for dataset in validation.values():
+        _ = validation_windows(dataset, length).text_bytes  # refuses what no bits per byte can be had of
     return Inputs(tokenizer, shape, layout, SamplePlan(sources, length, config.seed), validation)
 
 

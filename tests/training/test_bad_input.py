@@ -82,6 +82,15 @@ def test_dataset_of_another_tokenizer(refused: Refused, stranger: Path) -> None:
         assert message.endswith("build it again with `data build --tokenizer`")
 
 
+def test_validation_set_without_bos(refused: Refused, tiny: Tiny, tmp_path: Path) -> None:
+    """Its documents' first tokens are never scored, so their bytes must not count."""
+    build_dataset(write_documents(2, 5), tiny.tokenizer, tmp_path / "bare", "a", append_bos=False)
+    held_out = [{"prefix": str(tmp_path / "bare"), "language": "a"}]
+    message = refused(data={**source(tiny.root / "a"), "validation": held_out})
+    assert message.startswith(f"{tmp_path / 'bare'} was built without bos")
+    assert message.endswith("build the held-out set again with `data build --bos`")
+
+
 def test_what_does_not_exist(refused: Refused, tiny: Tiny) -> None:
     missing = tiny.root / "missing"
     assert str(missing) in refused(data=source(missing))
