@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
+# The demo runs two processes: with fewer than two GPUs both use the CPU.
 demo: setup ## run the whole path on the built-in bilingual world
-	$(BIN)/megatron-cpt run quickstart
+	@test "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 2 || export MEGATRON_CPT_DEVICE=cpu; $(BIN)/megatron-cpt run quickstart
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest

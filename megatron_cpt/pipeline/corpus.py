@@ -22,7 +22,7 @@ class Corpus:
         files: files to train on.
         held_out_files: files of held-out text; None: a share of `files`, by works.
         fraction: that share.
-        held_out_bytes: at most this many bytes are scored.
+        held_out_bytes: whole documents up to this many bytes are scored, at least one.
         text_field: field of the records that holds the text.
     """
 
