@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint import LlamaForward, check_belongs
+from megatron_cpt.checkpoint import LlamaForward, check_belongs, read_shape
 from megatron_cpt.data import IGNORED, Document, IndexedDataset, batch, build_dataset, validation_windows
+from megatron_cpt.planning.parameters import count_parameters
+from megatron_cpt.runtime.device import current_device
 from megatron_cpt.tokenizer import load_tokenizer
 
 TOKENS_PER_PASS = 4096  # scored in one pass over the layers; bounds the activations
@@ -77,7 +79,7 @@ def bits_per_byte(
     tokenizer: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Score texts with a model on disk (Hugging Face or torch_dist folder).
+    """Score texts with a model on disk (Hugging Face or torch_dist folder), on the accelerator where there is one.
 
     Args:
         model: folder of the model.
@@ -95,7 +97,11 @@ def bits_per_byte(
     path = tokenizer if tokenizer is not None else model
     loaded = load_tokenizer(path)
     check_belongs(model, loaded, padded=True)
-    forward = LlamaForward(model, cache=True)
+    device = current_device()
+    # Weights that the device has no room for are read again in each pass, layer by layer.
+    weight_bytes = 4 * count_parameters(*read_shape(model)).total
+    fits = device.memory_bytes is None or weight_bytes < 0.8 * device.memory_bytes
+    forward = LlamaForward(model, cache=fits, device=device.torch_device())
     with TemporaryDirectory(prefix="megatron-cpt-") as folder:
         prefix = Path(folder) / "text"
         build_dataset(documents, path, prefix, "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.data import Document, IndexedDataset, build_dataset
 from megatron_cpt.errors import CheckpointError, DataError
 from megatron_cpt.evaluation import bits_per_byte, logit_parity, probe_accuracy, score_dataset
+from megatron_cpt.runtime.device import Device
 from megatron_cpt.tokenizer import load_tokenizer, train_tokenizer
 from tests.training.conftest import SHAPE, Tiny, make_tiny, write_documents, write_tokenizer
 
@@ -72,6 +75,49 @@ def test_command_line_gives_the_same(model: Tiny, tmp_path: Path, capsys: pytest
     assert scores["xx"]["bits_per_byte"] == bits_per_byte(model.hf, documents, SEQ_LENGTH)["bits_per_byte"]
     assert main(["evaluate", str(model.hf), "--text", str(text)]) == 2
     assert "expected LANGUAGE=FILE" in capsys.readouterr().err
+
+
+def test_wrong_words_are_refused_before_anything_is_scored(
+    model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, empty = tmp_path / "text.txt", tmp_path / "empty.txt"
+    text.write_text("abc def\n")
+    empty.write_text("\n\n")
+    words = ["evaluate", str(model.hf), "--text", f"xx={text}"]
+    cases = {
+        ("--seq-length", "0"): "--seq-length",
+        ("--seq-length", "-3"): "--seq-length",
+        ("--seq-length", "65"): "--seq-length 65 is longer than the max_position_embeddings=64",
+        ("--text", f"xx={empty}"): f"xx was given already, as {text}",
+        ("--text", f"yy={empty}"): f"{empty} holds no text to score",
+    }
+    for more, message in cases.items():
+        assert main([*words, *more]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and not printed.out
+    assert main([*words, "--seq-length", "64"]) == 0
+
+
+def test_the_accelerator_scores(model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every forward pass is asked to run on the device of this process, whatever that is."""
+    asked: list[tuple[str | None, bool]] = []
+
+    class Elsewhere(LlamaForward):
+        def __init__(self, *args: Any, device: torch.device | None = None, **named: Any) -> None:
+            asked.append((device and device.type, named.get("cache", False)))
+            super().__init__(*args, **named)
+
+    for name in ("bits_per_byte", "parity"):
+        module = importlib.import_module(f"megatron_cpt.evaluation.{name}")
+        monkeypatch.setattr(module, "LlamaForward", Elsewhere)
+        monkeypatch.setattr(module, "current_device", lambda: Device("meta", "elsewhere", "gloo", None, 1))
+    score = bits_per_byte(model.hf, write_documents(7, 3), SEQ_LENGTH)
+    logits_SV = LlamaForward(model.hf).logits(torch.arange(5)[None])[0]
+    proof = {"tokens": torch.arange(5), "positions": torch.tensor([1, 4]), "logits": logits_SV[[1, 4]].contiguous()}
+    save_file(proof, tmp_path / "proof.safetensors")
+    assert logit_parity(model.hf, tmp_path / "proof.safetensors")["max_abs_diff"] <= 1e-6
+    assert asked == [("meta", False), ("meta", False)]  # a device with room for one byte keeps no weights
+    assert score["bits_per_byte"] == bits_per_byte(model.hf, write_documents(7, 3), SEQ_LENGTH)["bits_per_byte"]
 
 
 def test_another_tokenizer_is_refused(model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
