@@ -20,11 +20,25 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import megatron_cpt
 from megatron_cpt.errors import InputError, TrainingError
 
 GRACE_SECONDS = 10.0
 SETTLE_SECONDS = 2.0  # from the first failure on: when one rank fails the others fail with it, and one says why
 LAUNCHED = "MEGATRON_CPT_LAUNCHER_PID"
+ROOT = Path(megatron_cpt.__file__).parents[1]
+# `python -m` of a rank, but without the current folder first on its path, where any random.py would be taken
+# for the standard library's, and with the package that the launcher itself runs.
+START = """
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]
+root, module = sys.argv[1:3]
+del sys.argv[1:3]
+if root not in sys.path:
+    sys.path.insert(0, root)
+import runpy
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 
 
 def launch(module: str, arguments: Sequence[str], num_processes: int, log_folder: Path) -> None:
@@ -39,7 +53,7 @@ def launch(module: str, arguments: Sequence[str], num_processes: int, log_folder
         TrainingError: a rank failed otherwise; the message names the rank, its log and its last words.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-c", START, str(ROOT), module, *arguments]
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
@@ -91,6 +105,7 @@ def _rank_environment(rank: int, num_processes: int, port: int) -> Mapping[str, 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONSAFEPATH": "1",  # the current folder stays off the path of what a rank starts, too
         LAUNCHED: str(os.getpid()),
     }
 
