@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import torch
 
 from megatron_cpt.checkpoint.convert import convert
 from megatron_cpt.checkpoint.random import write_random_hf
@@ -29,7 +28,6 @@ SHAPE = LlamaShape(
     max_position_embeddings=64,
 )
 STEPS = 10
-torch.set_num_threads(1)  # the matrices are tiny
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from megatron_cpt.training.job import prepare
 def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) -> None:
     from megatron_cpt.training.loop import train
 
-    torch.set_num_threads(1)  # the matrices are tiny
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
     for path, port in zip(paths, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)

@@ -44,10 +44,7 @@ def write_config(tiny: Tiny, output: Path) -> Path:
 
 def start(module: list[str], config: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", *module, "train", str(config), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,0 +1,56 @@
+"""The device of this process, as the rest of the package sees it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_cpt.runtime.device import current_device
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    current_device.cache_clear()
+    yield
+    current_device.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A CUDA device of this name."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    properties = types.SimpleNamespace(name=name, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+
+def test_the_cpu() -> None:
+    device = current_device()
+    assert (device.type, device.backend, str(device.torch_device())) == ("cpu", "gloo", "cpu")
+    assert device.peak_memory_bytes() is None
+    bound, where = device.flops_bound()
+    assert bound > 1e8 and where == "measured fp32 matrix product"
+    device.activate()
+    device.synchronize()
+
+
+def test_the_cpu_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("MEGATRON_CPT_DEVICE", "cpu")
+    assert current_device().type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA T4", None)]
+)
+def test_cuda(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, name)
+    monkeypatch.delenv("MEGATRON_CPT_DEVICE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    device = current_device()
+    assert (device.type, device.name, device.backend, device.peak_flops) == ("cuda", name, "nccl", peak)
+    assert device.memory_bytes == 80 << 30 and str(device.torch_device()) == "cuda:3"
+    if peak is not None:
+        assert device.flops_bound() == (peak, "vendor's dense bf16 peak")
