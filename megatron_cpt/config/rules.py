@@ -47,6 +47,12 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield "shape: got neither a shape nor an initial_checkpoint; give one of them"
     if not config.data.train:
         yield "data.train: got no dataset, expected at least one {prefix, language, weight}"
+    scored = [source.language for source in config.data.validation]
+    for language in sorted({language for language in scored if scored.count(language) > 1}):
+        yield (
+            f"data.validation: got {scored.count(language)} sets of language {language!r}, expected one of each "
+            "language, which names its score; put them into one dataset or give them different names"
+        )
     yield from _learn_problems("", config, config.shape)
 
 

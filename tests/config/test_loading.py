@@ -233,3 +233,7 @@ def test_rules_of_a_training_job(tmp_path: Path) -> None:
     job = write(tmp_path / "job.yaml", TRAIN)
     assert "got neither a shape nor an initial_checkpoint" in refusal(job, "initial_checkpoint=null", model=TrainConfig)
     assert "expected at least one {prefix, language, weight}" in refusal(job, "data.train=[]", model=TrainConfig)
+    twice = "data.validation=[{prefix: c, language: ja}, {prefix: d, language: ja}, {prefix: e, language: en}]"
+    assert refusal(job, twice, model=TrainConfig).startswith("data.validation: got 2 sets of language 'ja', expected")
+    assert load_config(job, TrainConfig, [twice.replace("d, language: ja", "d, language: ko")])
+    assert load_config(job, TrainConfig, ["data.train.1.language=en"])  # two sources of one language are a mixture
