@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,11 +41,14 @@ def build(
     --only-held-out give two disjoint datasets.
     """
     from megatron_cpt.config.manifest import sha256_file
+    from megatron_cpt.config.schema import LANGUAGE_PATTERN, LANGUAGE_RULE
     from megatron_cpt.data import build_dataset, is_held_out, read_documents
     from megatron_cpt.errors import InputError
 
     if only_held_out and not held_out:
         raise InputError("--only-held-out without --held-out: say which share of the works, such as 0.05")
+    if language and not re.fullmatch(LANGUAGE_PATTERN, language):
+        raise InputError(f"--language {language}: expected {LANGUAGE_RULE}")
     if dry_run:
         emit(_plan_of(files, tokenizer, output, text_field), as_json, _facts)
         return

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from megatron_cpt.config.layers import SET_ORIGIN, Layers, read_layers
 from megatron_cpt.config.manifest import sha256_json
 from megatron_cpt.config.rules import check_rules
-from megatron_cpt.config.schema import RunConfig, TrainConfig
+from megatron_cpt.config.schema import LANGUAGE_RULE, RunConfig, TrainConfig
 from megatron_cpt.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel, covariant=True)
@@ -124,6 +124,8 @@ def _problem(
 def _expected(error: ErrorDetails) -> str:
     if error["type"] == "model_type":
         return "keys with values"
+    if error["type"] == "string_pattern_mismatch":  # the only pattern there is
+        return LANGUAGE_RULE
     text = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     text = TYPE_WORDS.get(text, text)
     return f"a number {text}" if text.startswith(("greater", "less")) else text

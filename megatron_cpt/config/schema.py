@@ -15,6 +15,10 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Implementation = Literal["auto", "torch"]
+# A language names files and metrics, so it must not be able to name another folder.
+LANGUAGE_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
+LANGUAGE_RULE = "a name of letters, digits, '-' and '_' that begins with a letter, such as ja"
+Language = Annotated[str, Field(pattern=LANGUAGE_PATTERN)]
 
 
 class Section(BaseModel):
@@ -92,7 +96,7 @@ class DataSource(Section):
     """One indexed dataset in the mixture: `prefix`.bin and `prefix`.idx."""
 
     prefix: str
-    language: str
+    language: Language
     weight: float = Field(gt=0.0)  # share of the samples, relative to the other sources
 
 
@@ -100,7 +104,7 @@ class ValidationSource(Section):
     """One held-out indexed dataset, scored in bits per byte."""
 
     prefix: str
-    language: str
+    language: Language
 
 
 class TrainDataConfig(Section):
@@ -168,11 +172,11 @@ class CorpusConfig(Section):
     builtin: Literal["world"] | None = None
     source: str | tuple[str, ...] | None = None  # jsonl(.gz), txt or parquet files of the source language
     target: str | tuple[str, ...] | None = None
-    source_language: str = "en"
-    target_language: str = "ja"
+    source_language: Language = "en"
+    target_language: Language = "ja"
     text_field: str = "text"
     held_out_fraction: float = Field(default=0.05, gt=0.0, lt=0.5)  # by hash of the document's work
-    held_out_bytes: Positive = 200_000  # at most this much of each language is scored
+    held_out_bytes: Positive = 200_000  # of each language, whole documents up to this are scored, at least one
     world_documents: Positive = 4000  # documents per language that `builtin: world` writes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,21 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
 )
 def test_rules_between_settings(overrides: list[str], expected: str) -> None:
     assert expected in refusal("quickstart", *overrides)
+
+
+@pytest.mark.parametrize("name", ["../../esc", "a/b", "", ".", "-x", "ja\n", "日本"])
+def test_a_language_is_a_plain_name(name: str, tmp_path: Path) -> None:
+    """It becomes part of file names, so it must not lead out of the run's folder."""
+    job = write(tmp_path / "job.yaml", TRAIN)
+    quoted = json.dumps(name)
+    held_out = f"data.validation=[{{prefix: c, language: {quoted}}}]"
+    assert "data.validation.0.language: got" in refusal(job, held_out, model=TrainConfig)
+    assert "data.train.0.language: got" in refusal(job, f"data.train.0.language={quoted}", model=TrainConfig)
+    got = json.dumps(name, ensure_ascii=False)
+    for key in ("data.source_language", "data.target_language"):
+        message = refusal("quickstart", f"{key}={quoted}")
+        assert f"{key}: got {got}, expected a name of letters, digits, '-' and '_'" in message
+    assert load_config("quickstart", RunConfig, ["data.target_language=zh-Hant_2"])
 
 
 def test_rules_of_a_training_job(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_wrong_input_ends_with_code_2_and_one_line(
         (build, "corpus.jsonl:121: not a line of JSON"),
         ([*build, "--text-field", "body"], "corpus.jsonl:1: no field 'body' (fields here: id, text)"),
         ([*build, "--only-held-out"], "--only-held-out without --held-out"),
+        ([*build, "--language", "../../esc"], "--language ../../esc: expected a name of letters, digits"),
         (["build", tmp_path / "none.jsonl", *build[2:]], "none.jsonl does not exist"),
         (["build", corpus, "--tokenizer", tmp_path / "none", *build[4:]], "none does not exist"),
         (["inspect", tmp_path / "x"], "x.manifest.json is missing"),
