@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cpt import __version__
-from megatron_cpt.errors import CptError, InputError
+from megatron_cpt.errors import CptError, InputError, error_of_system
 
 VERBS = {
     "run": "Walk the whole path of a recipe: base, tokenizer, surgery, data, training, export, report.",
@@ -57,21 +58,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes those of the process.
 
     Raises:
-        Exception: anything outside the family of errors.py is a defect and keeps its traceback.
+        Exception: anything that is neither of the family of errors.py nor the system's refusal is a
+            defect and keeps its traceback.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _answer(words)
+        sys.stdout.flush()  # here, and not at the end of the process, where nothing can be said any more
+        return code
+    except CptError as caught:
+        return _print_error(str(caught), caught.exit_code)
+    except KeyboardInterrupt:
+        return _print_error("stopped with Ctrl-C", INTERRUPTED)
+    except BrokenPipeError:  # `megatron-cpt ... | head`: whoever reads has seen enough
+        _drop_output()
+        return 1
+    except OSError as caught:
+        error = error_of_system(caught)
+        _drop_output()
+        return _print_error(str(error), error.exit_code)
+
+
+def _answer(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h"):
         print(usage(), end="")
         return 0 if words else InputError.exit_code
     if words[0] == "--version":
         print(f"megatron-cpt {__version__}")
         return 0
-    try:
-        return _run_verb(words[0], words[1:])
-    except CptError as caught:
-        return _print_error(str(caught), caught.exit_code)
-    except KeyboardInterrupt:
-        return _print_error("stopped with Ctrl-C", INTERRUPTED)
+    return _run_verb(words[0], words[1:])
 
 
 def _run_verb(verb: str, words: list[str]) -> int:
@@ -103,6 +118,14 @@ def _run_verb(verb: str, words: list[str]) -> int:
     if result == INTERRUPTED:  # typer has caught it
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
+
+
+def _drop_output() -> None:
+    """Where standard output takes no more, forget what is left for it, or Python complains at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(message: str, code: int) -> int:

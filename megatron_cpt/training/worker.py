@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_cpt.config.schema import TrainConfig
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CptError, error_of_system
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import install_engine
 from megatron_cpt.runtime.launcher import die_with_launcher
@@ -26,9 +26,15 @@ def main(arguments: list[str]) -> int:
 
         train(config)
     except CptError as caught:
-        print(f"error: {caught}", file=sys.stderr, flush=True)
-        return caught.exit_code
+        return _give_reason(caught)
+    except OSError as caught:
+        return _give_reason(error_of_system(caught))
     return 0
+
+
+def _give_reason(error: CptError) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 if __name__ == "__main__":
