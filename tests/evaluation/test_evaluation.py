@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from transformers import LlamaForCausalLM
 
 from megatron_cpt.checkpoint import LlamaForward, convert, hf_config, hf_shapes, write_hf
@@ -38,8 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def transformers_bits_per_byte(model: Tiny, texts: list[str]) -> float:
     """Every document alone, in windows of the packed stream: what `score_dataset` packs together."""
     network = LlamaForCausalLM.from_pretrained(model.hf)
-    tokenizer = load_tokenizer(model.hf)
-    rows = [[1, *ids, 2] for ids in tokenizer.encode_batch(texts)]
+    tokenizer = SentencePieceProcessor(model_file=str(model.hf / "tokenizer.model"))
+    rows = [[1, *ids, 2] for ids in tokenizer.encode(texts)]
     stream = [(document, id) for document, row in enumerate(rows) for id in row]
     nats = 0.0
     for start in range(0, len(stream) - 1, SEQ_LENGTH):
