@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -13,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
+
+if TYPE_CHECKING:
+    from megatron_cpt.data import Document
 
 app = typer.Typer(help="Build, inspect and verify indexed datasets.", no_args_is_help=True)
 
@@ -42,7 +46,7 @@ def build(
     """
     from megatron_cpt.config.manifest import sha256_file
     from megatron_cpt.config.schema import LANGUAGE_PATTERN, LANGUAGE_RULE
-    from megatron_cpt.data import build_dataset, is_held_out, read_documents
+    from megatron_cpt.data import build_dataset, check_no_dataset, is_held_out, read_documents
     from megatron_cpt.errors import InputError
 
     if only_held_out and not held_out:
@@ -50,7 +54,10 @@ def build(
     if language and not re.fullmatch(LANGUAGE_PATTERN, language):
         raise InputError(f"--language {language}: expected {LANGUAGE_RULE}")
     if dry_run:
-        emit(_plan_of(files, tokenizer, output, text_field), as_json, _facts)
+        if not overwrite:
+            check_no_dataset(output)
+        mine = (d for d in read_documents(files, text_field) if is_held_out(d, held_out) == only_held_out)
+        emit(_plan_of(files, tokenizer, output, mine), as_json, _facts)
         return
     with progress(f"Building {output}") as advance:
         documents = read_documents(files, text_field, language, on_progress=advance)
@@ -68,18 +75,20 @@ def build(
     emit({"prefix": output, **manifest}, as_json, _facts)
 
 
-def _plan_of(files: list[Path], tokenizer: Path, output: str, text_field: str) -> dict[str, Any]:
-    from megatron_cpt.data import read_documents
+def _plan_of(files: list[Path], tokenizer: Path, output: str, documents: Iterable[Document]) -> dict[str, Any]:
+    from megatron_cpt.errors import DataError
     from megatron_cpt.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    first = next(read_documents(files, text_field), None)
+    first = next((document for document in documents if document.text), None)
+    if first is None:
+        raise DataError(f"no document to write to {output}: the corpus, or this side of it, is empty")
     return {
         "output": output,
         "files": {str(file): file.stat().st_size for file in files},
         "vocab_size": loaded.vocab_size,
         "tokenizer_sha256": loaded.sha256,
-        "first_document": None if first is None else {"source": first.source, "ids": loaded.encode(first.text)[:16]},
+        "first_document": {"source": first.source, "ids": loaded.encode(first.text)[:16]},
     }
 
 

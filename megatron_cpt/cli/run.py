@@ -26,6 +26,10 @@ def run(
     resolved = load_config(recipe, RunConfig, overrides or [])
     plan = describe(resolved)  # an impossible layout is refused before anything is made
     if dry_run:
+        from megatron_cpt.pipeline.corpus import open_corpora
+
+        if resolved.config.data.builtin is None:
+            open_corpora(resolved.config.data)  # refuses texts that are not there
         emit(plan, as_json, lambda value: render(value, resolved))
         return
     from megatron_cpt.pipeline import run as walk

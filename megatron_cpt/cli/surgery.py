@@ -24,7 +24,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Write a plan: which old rows make each new row. No model is needed."""
-    from megatron_cpt.errors import TokenizerError
+    from megatron_cpt.config.folders import check_free
+    from megatron_cpt.errors import InputError, TokenizerError
     from megatron_cpt.surgery import plan_surgery
     from megatron_cpt.tokenizer import VocabMap, load_tokenizer
 
@@ -39,7 +40,9 @@ def plan(
                 "was extended, and the folder that the extension wrote"
             )
     made = plan_surgery(vocab_map, method, method)
-    if not dry_run:
+    if dry_run:
+        check_free(output, InputError)
+    else:
         made.save(output, new_tokenizer)
     emit({"output": str(output), **made.facts()}, as_json, _facts)
 

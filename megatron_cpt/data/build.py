@@ -56,8 +56,8 @@ def build_dataset(
     Raises:
         DataError: nothing to write, a dataset is there already, or the tokenizer lacks bos or eos.
     """
-    if manifest_path(prefix).exists() and not overwrite:
-        raise DataError(f"{prefix} already holds a dataset; choose another prefix or ask to overwrite it")
+    if not overwrite:
+        check_no_dataset(prefix)
     tokenizer = load_tokenizer(tokenizer_path)
     head = _border_ids(tokenizer.bos_id, append_bos, "bos", tokenizer)
     tail = _border_ids(tokenizer.eos_id, append_eos, "eos", tokenizer)
@@ -88,6 +88,12 @@ def build_dataset(
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
         )
+
+
+def check_no_dataset(prefix: str | Path) -> None:
+    """Raise DataError when there is a dataset at `prefix` already."""
+    if manifest_path(prefix).exists():
+        raise DataError(f"{prefix} already holds a dataset; choose another prefix or ask to overwrite it")
 
 
 def _border_ids(token: int | None, wanted: bool, name: str, tokenizer: Tokenizer) -> list[int]:

@@ -103,6 +103,7 @@ def check_layout(
         *_tensor_problems(shape, padded, vocab_divisor, parallel, batch),
         *_pipeline_problems(shape, parallel),
         *_overlap_problems(parallel),
+        *_length_problems(shape, batch),
         *_batch_problems(parallel, batch, world_size),
     ]
     if problems:
@@ -218,6 +219,14 @@ def _overlap_problems(parallel: ParallelConfig) -> Iterator[str]:
         yield "overlap_p2p needs the interleaved schedule; set virtual_pipeline_model_parallel_size, or switch it off"
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         yield "overlap_param_gather needs overlap_grad_reduce; set overlap_grad_reduce=true"
+
+
+def _length_problems(shape: LlamaShape, batch: BatchConfig) -> Iterator[str]:
+    if batch.seq_length > shape.max_position_embeddings:
+        yield (
+            f"batch.seq_length={batch.seq_length} is longer than the model's max_position_embeddings="
+            f"{shape.max_position_embeddings}; shorten it"
+        )
 
 
 def _batch_problems(parallel: ParallelConfig, batch: BatchConfig, world_size: int) -> Iterator[str]:

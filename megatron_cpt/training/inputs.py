@@ -43,11 +43,6 @@ def read_inputs(config: TrainConfig, world_size: int) -> Inputs:
     tokenizer = load_tokenizer(config.tokenizer)
     shape = _shape(config, tokenizer)
     length = config.batch.seq_length
-    if length > shape.max_position_embeddings:
-        raise ConfigError(
-            f"batch.seq_length={length} is longer than the model's max_position_embeddings="
-            f"{shape.max_position_embeddings}; shorten it"
-        )
     divisor = math.lcm(config.vocab_divisor, config.parallel.tensor_model_parallel_size)
     layout = check_layout(shape, tokenizer.vocab_size, divisor, config.parallel, config.batch, world_size)
     sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]

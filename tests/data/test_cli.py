@@ -35,6 +35,9 @@ def test_build_inspect_and_verify(
     assert not (tmp_path / "out").exists()
     code, built, _ = run(capsys, *build, "--workers", 2, "--json")
     assert code == 0 and built["documents"] == len(documents) and built["inputs"][str(corpus)]
+    code, _, error = run(capsys, *build, "--dry-run")
+    assert code == 2 and "already holds a dataset" in error
+    assert run(capsys, *build, "--dry-run", "--overwrite", "--json")[0] == 0
     prefix = tmp_path / "out" / "x"
     code, shown, _ = run(capsys, "inspect", prefix, "--document", 9, "--json")
     assert code == 0 and shown["document"]["text"] == documents[9].text and shown["tokens"] == built["tokens"]
@@ -55,6 +58,19 @@ def test_the_two_sides_of_a_held_out_split(
     held_out = sum(is_held_out(document, 0.2) for document in documents)
     assert 0 < IndexedDataset(tmp_path / "held").num_documents == held_out
     assert IndexedDataset(tmp_path / "train").num_documents == len(documents) - held_out
+
+
+def test_a_dry_run_refuses_an_empty_corpus(
+    corpus: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    one_side = ["--held-out", 1e-9, "--only-held-out"]
+    for words in ([empty], [corpus, *one_side]):
+        for mode in (["--dry-run"], []):
+            build = ["build", *words, "--tokenizer", tokenizer, "--output", tmp_path / "x", *mode]
+            code, _, error = run(capsys, *build)
+            assert code == 2 and f"no document to write to {tmp_path / 'x'}" in error
 
 
 def test_wrong_input_ends_with_code_2_and_one_line(

@@ -72,6 +72,10 @@ def test_what_follows_from_a_layout() -> None:
         (dict(world_size=2, tp=2, divisor=255), "=2 does not divide padded_vocab_size=255 .* set vocab_divisor=510$"),
         (dict(world_size=1, sp=True), "sequence_parallel needs tensor_model_parallel_size > 1"),
         (dict(world_size=4, tp=4, sp=True, seq=63), "cuts seq_length=63 into .*=4 parts; .* seq_length=64$"),
+        (
+            dict(world_size=1, shape={"max_position_embeddings": 63}),
+            "batch.seq_length=64 is longer than the model's max_position_embeddings=63; shorten it$",
+        ),
         (dict(world_size=9, pp=9), "makes 9 stages for num_layers=8; the largest .* is 8$"),
         (dict(world_size=4, pp=4, vpp=3), "=4 x virtual=3 makes 12 stages for num_layers=8; .* is 2$"),
         (dict(world_size=1, vpp=2), "=2 needs pipeline_model_parallel_size >= 2, got 1"),

@@ -33,6 +33,9 @@ def test_plan_show_apply(
     run(capsys, "plan", *words, "--dry-run")
     assert not plan.exists()
     facts = run(capsys, "plan", *words, "--method", "mean")
+    for mode in (["--dry-run"], []):
+        assert main(["surgery", "plan", *map(str, words), *mode]) == 2
+        assert f"{plan} already holds files" in capsys.readouterr().err
     shown = run(capsys, "show", plan)
     assert shown.items() <= facts.items()
     assert run(capsys, "show", plan, "--row", 5)["head"] == {"old_ids": [5], "weights": [1.0]}
