@@ -87,8 +87,15 @@ def _plan_train(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
         shape, _ = _read_model(config.initial_checkpoint)
     parallel = config.parallel
     one_copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    world_size = nproc or int(os.environ.get("WORLD_SIZE", one_copy))
+    world_size = nproc or _world_size(one_copy)
     return plan_job(config, shape, load_tokenizer(config.tokenizer).vocab_size, config.vocab_divisor, world_size)
+
+
+def _world_size(otherwise: int) -> int:
+    text = os.environ.get("WORLD_SIZE", str(otherwise))
+    if not text.isdecimal() or not int(text):
+        raise ConfigError(f"the variable WORLD_SIZE is {text!r}, expected a number from 1; unset it or give --nproc")
+    return int(text)
 
 
 def _read_model(path: str) -> tuple[LlamaShape, int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import typer
@@ -78,3 +79,33 @@ def test_a_full_disk_and_a_reader_that_has_gone(arguments: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "-1", ""])
+def test_a_world_size_that_is_no_number(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setattr("megatron_cpt.tokenizer.load_tokenizer", lambda path: SimpleNamespace(vocab_size=300))
+    job = {
+        "output": str(tmp_path),
+        "tokenizer": "any",
+        "shape": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 88,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 64,
+        },
+        "train_steps": 2,
+        "batch": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 16},
+        "data": {"train": [{"prefix": "any", "language": "a", "weight": 1.0}], "validation": []},
+        "optimizer": {"learning_rate": 0.1, "min_learning_rate": 0.01},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    assert main(["plan", str(tmp_path / "job.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: the variable WORLD_SIZE is {size!r}, expected a number from 1; unset it or give --nproc\n"
+    assert main(["plan", str(tmp_path / "job.yaml"), "--nproc", "1"]) == 0
