@@ -25,6 +25,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "versions": (),
     "config_hash": (),
 }
+POINT = ("step", "language", "bits_per_byte")
 UNITS = {"tokens_per_second": "tokens/s", "bytes_per_second": "bytes/s"}
 
 
@@ -46,7 +47,7 @@ def write_report(
     Raises:
         ValueError: a field is missing; a report that leaves something out is a defect of its writer.
     """
-    missing = [name for section, fields in REQUIRED.items() for name in _missing(report, section, fields)]
+    missing = _all_missing(report)
     if missing:
         raise ValueError(f"the report lacks {', '.join(missing)}")
     folder = Path(folder)
@@ -61,7 +62,7 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the report.json of a run's folder.
 
     Raises:
-        InputError: there is none, or it is not a report.
+        InputError: there is none, or it is not a whole report.
     """
     path = Path(folder) / REPORT_JSON
     if not path.is_file():
@@ -69,19 +70,37 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     report = read_json(path)
     if not isinstance(report, dict) or not isinstance(report.get("bits_per_byte"), dict):
         raise InputError(f"{path} is not the report of a run: it has no bits_per_byte")
+    missing = [*_all_missing(report), *_missing_points(report.get("history", []))]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; run the recipe again to have the whole report written")
     return report
 
 
+def _all_missing(report: Mapping[str, Any]) -> list[str]:
+    return [name for section, fields in REQUIRED.items() for name in _missing(report, section, fields)]
+
+
+def _missing_points(history: Any) -> Iterator[str]:
+    if not isinstance(history, list):
+        yield "history"
+        return
+    for index, point in enumerate(history):
+        found = point if isinstance(point, Mapping) else {}
+        yield from (f"history.{index}.{field}" for field in POINT if field not in found)
+
+
 def _missing(report: Mapping[str, Any], section: str, fields: tuple[str, ...]) -> Iterator[str]:
+    """Names of fields that are not there; of each language they have to be numbers."""
     name, star, _ = section.partition(".*")
-    if name not in report or (star and not report[name]):
+    values = report.get(name)
+    if values is None or (fields and not isinstance(values, Mapping)) or (star and not values):
         yield name
     elif star:
-        yield from (
-            f"{name}.{key}.{field}" for key in report[name] for field in fields if field not in report[name][key]
-        )
+        for key, row in values.items():
+            found = row if isinstance(row, Mapping) else {}
+            yield from (f"{name}.{key}.{field}" for field in fields if not isinstance(found.get(field), float | int))
     else:
-        yield from (f"{name}.{field}" for field in fields if field not in report[name])
+        yield from (f"{name}.{field}" for field in fields if field not in values)
 
 
 def _markdown(report: Mapping[str, Any]) -> Iterator[str]:

@@ -109,6 +109,24 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("section", "value", "named"),
+    [
+        ("train", None, "lacks train;"),
+        ("train", {"tokens": 1}, "lacks train.tokens_per_second, train.bytes_per_second, train.world_size"),
+        ("bits_per_byte", {"ja": {"base": 1.0, "adapted": "1"}}, "lacks bits_per_byte.ja.after_surgery, bits_per_byte"),
+        ("bytes_per_token", {"ja": 3.0}, "lacks bytes_per_token.ja.base, bytes_per_token.ja.adapted;"),
+        ("history", [{"step": 1, "language": "ja"}], "lacks history.0.bits_per_byte;"),
+    ],
+)
+def test_a_report_that_is_not_whole_is_wrong_input(
+    section: str, value: Any, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({**complete_report(), section: value}))
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'report.json'} {named}" in capsys.readouterr().err
+
+
 def test_a_report_is_written_again_from_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_report(complete_report(), HISTORY, tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
