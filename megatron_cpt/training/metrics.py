@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.errors import InputError
+
 METRICS = "metrics.jsonl"
 
 
@@ -63,12 +65,26 @@ class MetricsLog:
 
 
 def read_metrics(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All complete records of a run's `metrics.jsonl`, in order."""
+    """All complete records of a run's `metrics.jsonl`, in order; a last line that was cut off is none.
+
+    Raises:
+        InputError: a line is not a record.
+    """
     path = Path(output) / METRICS
     if not path.exists():
         return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    with open(path, "rb") as file:
+        return [_record(line, f"{path}:{number}") for number, line in enumerate(file, 1) if line.endswith(b"\n")]
+
+
+def _record(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as caught:
+        raise InputError(f"{place} is not valid JSON ({caught}); remove this line") from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise InputError(f"{place} is not the record of a step; remove this line")
+    return record
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt.checkpoint import read_checkpoint_manifest, write_checkpoint_manifest
 from megatron_cpt.config.manifest import MANIFEST
@@ -36,9 +38,25 @@ def model_state(model: Sequence[Any]) -> dict[str, Any]:
 
 def load_weights(model: Sequence[Any], optimizer: Any, folder: Path) -> None:
     """Load the weights alone from a torch_dist folder; optimizer masters follow them."""
-    loaded = dist_checkpointing.load(model_state(model), str(folder))
+    loaded = _load(model_state(model), folder, "make it again")
     _set_weights(model, loaded, folder)
     optimizer.reload_model_params()
+
+
+def _load(state: dict[str, Any], folder: Path, advice: str) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (torch.OutOfMemoryError, torch.distributed.DistBackendError):
+        raise  # not the folder's fault
+    except (CheckpointException, Exception) as caught:  # a damaged file can end in any error of its readers
+        raise CheckpointError(f"{folder} is damaged ({_cause(caught)}); {advice}") from caught
+
+
+def _cause(caught: BaseException) -> str:
+    """In one line, what the engine or, below it, a rank's reader has met."""
+    if isinstance(caught, CheckpointException) and caught.failures:
+        caught = next(iter(caught.failures.values()))[0]
+    return next(iter(str(caught).strip().splitlines()), "") or type(caught).__name__
 
 
 def _set_weights(model: Sequence[Any], loaded: dict[str, Any], folder: Path) -> None:
@@ -110,7 +128,7 @@ def resume(model: Sequence[Any], optimizer: Any, output: Path) -> int:
         raise CheckpointError(f"{folder}/{MANIFEST} names another step than its folder; remove the folder and resume")
     state = model_state(model)
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=OPTIMIZER_METADATA)
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = _load(state, folder, "remove this checkpoint folder and start again: the run goes on from the one before")
     _set_weights(model, loaded, folder)
     optimizer.load_state_dict(loaded["optimizer"])
     return step
