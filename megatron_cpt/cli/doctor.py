@@ -16,14 +16,10 @@ from megatron_cpt.cli.console import JsonOption, emit
 app = typer.Typer(help="Show the device, the versions, and which implementation each op would use.")
 
 REQUIRED = ("torch", "megatron-core", "numpy", "safetensors", "sentencepiece", "tokenizers", "pyarrow")
-# Distribution -> what it brings, and what happens without it.
+# Distribution -> what is used of it where it is installed.
 OPTIONAL = {
-    "triton": "own GPU kernels; without it the torch implementations run",
-    "transformer-engine": "fused layers and fp8 of megatron-core; not required",
-    "apex": "fused optimizer and gradient accumulation; not required",
-    "transformers": "comparisons with LlamaForCausalLM in the tests",
-    "lm-eval": "task evaluation",
-    "wandb": "metrics on Weights & Biases",
+    "transformer-engine": "its fused Adam, instead of the plain torch one",
+    "apex": "its fused Adam, where transformer-engine is not installed",
 }
 
 

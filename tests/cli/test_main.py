@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import typer
 import yaml
 
 from megatron_cpt.cli import main as main_module
+from megatron_cpt.cli.doctor import OPTIONAL
 from megatron_cpt.cli.main import available_verbs, main
 from megatron_cpt.config.loading import load_config
 from megatron_cpt.config.schema import RunConfig
@@ -184,6 +186,25 @@ def test_plan_prints_a_document_that_loads(tmp_path: Path, capsys: pytest.Captur
     copy = tmp_path / "copy.yaml"
     copy.write_text(document)
     assert load_config(copy, RunConfig).hash == rest.split()[0]
+
+
+def listed(project: str, name: str) -> list[str]:
+    """Distributions of a list in pyproject.toml, without their versions."""
+    found = re.search(rf"^{name} = \[(.*?)\]( *#.*)?$", project, re.M | re.S)
+    assert found, name
+    return re.findall(r'"([A-Za-z0-9-]+)[^"]*"', found[1])
+
+
+def test_what_is_advertised_is_used() -> None:
+    """Every required distribution is imported by the package, every extra is one that `doctor` explains."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    modules = {"megatron-core": "megatron", "PyYAML": "yaml", "tensorboard": "torch.utils.tensorboard"}
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_cpt").rglob("*.py"))
+    for name in listed(project, "dependencies"):
+        assert re.search(rf"^ *(import|from) {modules.get(name, name)}\b", sources, re.M), name
+    extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    assert re.findall(r"^(\w+) =", extras, re.M) == ["gpu", "dev"]
+    assert set(listed(project, "gpu")) <= OPTIONAL.keys() == {"transformer-engine", "apex"}
 
 
 def test_doctor_explains_each_op(capsys: pytest.CaptureFixture[str]) -> None:
