@@ -2,7 +2,9 @@
 
 Documents of a like length become the rows of one batch, filled up at their ends by repeating their last token.
 Under a causal mask no token looks at what follows it, so the filling needs no mask: every call is the plain
-causal one, which has a fused kernel on every device and keeps no N x N matrix.
+causal one, for which torch picks the kernel. On the CPU, and on CUDA in bf16, that is a fused one, which keeps no
+W x W matrix. On CUDA in fp32 with fewer key-value groups than query heads it is the plain one, which does keep
+it, for every row and head of a batch.
 
 Shape letters: N tokens, H query heads, G key-value groups, K head size; R rows (documents) and W width of a
 batch, C = sum of R * W cells of all batches.
