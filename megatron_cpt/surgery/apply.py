@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_cpt.checkpoint import open_hf, write_checkpoint_manifest, write_hf
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
-from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, tokenizer_sha256
+from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, recorded_tokenizer
 from megatron_cpt.config.folders import check_free, new_folder
-from megatron_cpt.config.manifest import MANIFEST, read_json, sha256_file
+from megatron_cpt.config.manifest import sha256_file
 from megatron_cpt.errors import CheckpointError, TokenizerError
 from megatron_cpt.surgery.plan import SurgeryPlan
 from megatron_cpt.surgery.row_mix import RowMix
@@ -113,7 +113,7 @@ def _new_tokenizer(plan: SurgeryPlan, folder: Path) -> Tokenizer:
 
 def _check_fits(plan: SurgeryPlan, source: Path, vocab_size: int) -> int:
     """Check that the plan's old vocabulary is the model's; returns the number of padding rows."""
-    recorded = _recorded_tokenizer(source)
+    recorded = recorded_tokenizer(source)
     if recorded is not None and recorded != plan.old_sha256:
         raise CheckpointError(
             f"the tokenizer of {source} ({recorded[:12]}) is not the one the plan starts from "
@@ -128,19 +128,11 @@ def _check_fits(plan: SurgeryPlan, source: Path, vocab_size: int) -> int:
     return padding
 
 
-def _recorded_tokenizer(source: Path) -> str | None:
-    """SHA-256 of the model's own tokenizer, from its file or from the model's manifest."""
-    own = tokenizer_sha256(source)
-    if own is None and (source / MANIFEST).is_file():
-        manifest = read_json(source / MANIFEST, CheckpointError)
-        own = manifest.get("tokenizer_sha256") if isinstance(manifest, dict) else None
-    return own
-
-
 def _adapted_config(config: dict[str, Any], plan: SurgeryPlan, tokenizer: Tokenizer) -> dict[str, Any]:
     """The source's config.json with the new vocabulary's size and ids."""
-    copied = plan.embedding.copied()
-    new_ids = {int(plan.embedding.indices[plan.embedding.indptr[id]]): id for id in copied.nonzero().flatten().tolist()}
+    # New pieces may be copies too, of an old piece that the old tokenizer reads them as; they are not that piece.
+    kept = [id for id, origin in enumerate(plan.origins) if origin != "new"]
+    new_ids = {int(plan.embedding.indices[plan.embedding.indptr[id]]): id for id in kept}
 
     def moved(value: Any) -> Any:
         if isinstance(value, list):

@@ -110,6 +110,22 @@ def test_ids_of_the_config_move_with_the_rows(
     assert (made["bos_token_id"], made["eos_token_id"], made["pad_token_id"]) == (1, [2, 300], 301)
 
 
+def test_new_pieces_that_copy_an_old_one_do_not_take_its_place(
+    vocab_map: VocabMap, make_model: Make, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Without byte fallback the old tokenizer reads every new piece as the unknown one."""
+    unknown = [entry._replace(old_pieces=(0,)) if entry.origin == "new" else entry for entry in vocab_map.entries]
+    plan = plan_surgery(replace(vocab_map, entries=tuple(unknown)))
+    source = make_model(plan.old_size)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": [0, 2], "pad_token_id": 0}))
+    apply_surgery(plan, source, tmp_path / "made", new_tokenizer)
+    made = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert (made["bos_token_id"], made["eos_token_id"], made["pad_token_id"]) == (1, [0, 2], 0)
+    embedding = open_hf(tmp_path / "made").read(EMBEDDING)
+    assert torch.equal(embedding[-1], embedding[0])
+
+
 def test_what_does_not_belong_together(
     plan: SurgeryPlan, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
 ) -> None:
