@@ -38,4 +38,6 @@ megatron-cpt train "$(dirname "$0")/train_job.yaml" --nproc 2 \
 checkpoint=$(ls -d "$out"/train/checkpoints/iter_* | tail -n 1)
 megatron-cpt checkpoint convert "$checkpoint" "$out/hf" --to hf --tokenizer "$out/tokenizer"
 megatron-cpt checkpoint verify "$checkpoint" "$out/hf"
+# These numbers include the text that was trained on; those of held-out text alone are the job's own validation,
+# at the end of $out/train/metrics.jsonl.
 megatron-cpt evaluate "$out/hf" --text "ja=$target" --text "en=$source" --seq-length 128
