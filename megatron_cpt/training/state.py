@@ -90,7 +90,7 @@ def save_checkpoint(
     final = root / f"iter_{step:07d}"
     temporary = root / f".iter_{step:07d}.tmp"
     if dist.get_rank() == 0:
-        for stale in (temporary, final):
+        for stale in (*root.glob(".iter_*.tmp"), final):  # the first ones are of saves that were cut off
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()

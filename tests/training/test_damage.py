@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_a_last_line_that_was_cut_off_is_no_damage(tmp_path: Path) -> None:
 
 
 def test_a_truncated_checkpoint_is_named(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Following the advice works, and the save that follows removes what an earlier one has left."""
     config = tiny.config(tmp_path / "run", train_steps=2, checkpoint={"save_interval_steps": 1})
     (tmp_path / "config.yaml").write_text(config.model_dump_json())
     command = ["train", str(tmp_path / "config.yaml")]
@@ -59,3 +61,9 @@ def test_a_truncated_checkpoint_is_named(tiny: Tiny, tmp_path: Path, capsys: pyt
     error = capsys.readouterr().err
     assert error.startswith(f"error: {first} is damaged (") and error.count("\n") == 1
     assert error.endswith("); remove this checkpoint folder and start again: the run goes on from the one before\n")
+
+    shutil.rmtree(first)
+    cut_off = first.with_name(".iter_0000007.tmp")
+    cut_off.mkdir()
+    assert main(command) == 0
+    assert sorted(path.name for path in first.parent.iterdir()) == ["iter_0000001", "iter_0000002"]
