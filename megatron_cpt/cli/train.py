@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,7 @@ def train(
         emit(describe(resolved, nproc), as_json, lambda value: render(value, resolved))
         return
     from megatron_cpt.runtime.mesh import world_from_environment
+    from megatron_cpt.training.folder import last_checkpoint
     from megatron_cpt.training.job import prepare, run_job
 
     world = world_from_environment()
@@ -41,12 +43,16 @@ def train(
         from megatron_cpt.runtime.device import current_device
         from megatron_cpt.runtime.engine import install_engine
 
-        prepare(resolved.config, world.size, world.rank)
-        install_engine(current_device().type)
-        from megatron_cpt.training.loop import train as train_rank
+        with stdout_for_results(as_json):
+            prepare(resolved.config, world.size, world.rank)
+            install_engine(current_device().type)
+            from megatron_cpt.training.loop import train as train_rank
 
-        train_rank(resolved.config)
-        return
-    with stdout_for_results(as_json):
-        folder = str(run_job(resolved.config, nproc))
-    emit({"checkpoint": folder}, as_json, lambda value: value["checkpoint"])
+            train_rank(resolved.config)
+        if world.rank != 0:
+            return
+        folder = last_checkpoint(Path(resolved.config.output))
+    else:
+        with stdout_for_results(as_json):
+            folder = run_job(resolved.config, nproc)
+    emit({"checkpoint": str(folder)}, as_json, lambda value: value["checkpoint"])
