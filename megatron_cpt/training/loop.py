@@ -24,7 +24,7 @@ from megatron_cpt.runtime.engine import seed_everything
 from megatron_cpt.runtime.launcher import started_by_launcher
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.runtime.mesh import Mesh, World, start_mesh, world_from_environment
-from megatron_cpt.training.folder import claim_run_folder, initial_folder, run_identity
+from megatron_cpt.training.folder import checkpoint_folders, claim_run_folder, initial_folder, run_identity
 from megatron_cpt.training.inputs import Inputs, read_inputs
 from megatron_cpt.training.metrics import MetricsLog
 from megatron_cpt.training.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -186,16 +186,16 @@ class Trainer:
         sums = run_schedule(self.model, self.mesh, micro_batches, len(self.inputs.plan.languages), forward_only=False)
         if not math.isfinite(sums.loss):
             raise TrainingError(
-                f"the loss of step {step + 1} is {sums.loss}; no update was made and {self.output}/checkpoints holds "
-                "the last good state: lower the learning rate, or look at the samples of this step"
+                f"the loss of step {step + 1} is {sums.loss}; no update was made{self._last_good()}: "
+                "lower the learning rate, or look at the samples of this step"
             )
         rate = learning_rate(config.optimizer, step, config.train_steps)
         set_learning_rate(self.optimizer, rate)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise TrainingError(
-                f"the gradient norm of step {step + 1} is {grad_norm}; the update is thrown away and "
-                f"{self.output}/checkpoints holds the last good state: lower the learning rate"
+                f"the gradient norm of step {step + 1} is {grad_norm}; the update is thrown away"
+                f"{self._last_good()}: lower the learning rate"
             )
         return {
             "loss": sums.loss,
@@ -203,6 +203,10 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "train_bits_per_byte": self._bits_per_byte(sums),
         }
+
+    def _last_good(self) -> str:
+        complete = checkpoint_folders(self.output)
+        return f" and {complete[-1][1]} holds the last good state" if complete else "; there is no checkpoint yet"
 
     def _micro_batch(self, step: int, index: int) -> MicroBatch:
         """Micro-batch `index` of this rank: the samples a step sees do not depend on the layout."""

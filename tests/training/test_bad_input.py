@@ -189,21 +189,24 @@ def test_token_outside_the_vocabulary_ends_the_job(
 
 def test_a_loss_or_gradient_that_is_no_number_is_never_saved(tiny: Tiny) -> None:
     """A huge learning rate spoils the second step: the loss itself, or the gradient alone."""
-    rates = {"failing-loss": 1e12, "failing-gradient": 1e3}
+    rates = {"failing-loss": 1e12, "failing-gradient": 1e3, "failing-unsaved": 1e12}
     jobs = {
         name: {
             "optimizer": {"learning_rate": rate, "min_learning_rate": 1e-3},
-            "checkpoint": {"save_interval_steps": 1},
+            "checkpoint": {"save_interval_steps": None if name == "failing-unsaved" else 1},
         }
         for name, rate in rates.items()
     }
     metrics = tiny.train_many(jobs, 1)
+    unsaved = (tiny.root / "failing-unsaved.error").read_text()
+    assert "loss of step 2 is nan; no update was made; there is no checkpoint yet: lower the learning rate" in unsaved
     for name, message in {
         "failing-loss": "loss of step 2 is nan",
         "failing-gradient": "gradient norm of step 2",
     }.items():
         error = (tiny.root / f"{name}.error").read_text()
         assert error.startswith(f"TrainingError: the {message}") and "lower the learning rate" in error
+        assert f" and {last_checkpoint(tiny.root / name)} holds the last good state: " in error
         assert [record["step"] for record in metrics[name]] == [0, 1]
         reader = open_torch_dist(last_checkpoint(tiny.root / name))
         assert reader.manifest["step"] == 1 and all(reader.read(tensor).isfinite().all() for tensor in reader.names())
