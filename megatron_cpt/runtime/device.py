@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_cpt.errors import ConfigError
+
+DEVICE = "MEGATRON_CPT_DEVICE"
 # Dense bf16 peak in FLOP/s, as the vendors state it. Used for MFU and nothing else.
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
@@ -84,18 +87,42 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
+def _accelerator() -> str | None:
+    """torch's type of the accelerator of this machine, or None."""
+    if torch.cuda.is_available():
+        return "cuda"
+    found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    return found.type if found is not None and found.type not in ("cuda", "cpu") else None
+
+
+def _chosen_type() -> str:
+    found, forced = _accelerator(), os.environ.get(DEVICE)
+    if forced and forced not in ("cpu", found):
+        here = f"'cpu' or {found!r}" if found else "'cpu': there is no accelerator here"
+        raise ConfigError(f"the variable {DEVICE} is {forced!r}, expected {here}; change or unset it")
+    return forced or found or "cpu"
+
+
+def device_count() -> int | None:
+    """Devices of this machine, each of which serves one process; None on the CPU, which serves any number."""
+    chosen = _chosen_type()
+    return int(torch.get_device_module(chosen).device_count()) if chosen != "cpu" else None
+
+
 @functools.cache
 def current_device() -> Device:
     """The device of this process: CUDA where there is one, another accelerator, else the CPU.
 
     `MEGATRON_CPT_DEVICE=cpu` forces the CPU on a machine that has an accelerator.
+
+    Raises:
+        ConfigError: that variable names a device that is not here.
     """
-    forced = os.environ.get("MEGATRON_CPT_DEVICE")
-    if forced != "cpu" and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(min(_local_rank(), torch.cuda.device_count() - 1))
-        peak = next((flops for key, flops in PEAK_BF16_FLOPS.items() if key in properties.name), None)
-        return Device("cuda", properties.name, "nccl", peak, properties.total_memory)
-    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-    if forced != "cpu" and accelerator is not None and accelerator.type not in ("cuda", "cpu"):
-        return Device(accelerator.type, accelerator.type, accelerator.type, None, None)
-    return Device("cpu", "CPU", "gloo", None, None)
+    chosen = _chosen_type()
+    if chosen == "cpu":
+        return Device("cpu", "CPU", "gloo", None, None)
+    if chosen != "cuda":
+        return Device(chosen, chosen, chosen, None, None)
+    properties = torch.cuda.get_device_properties(min(_local_rank(), torch.cuda.device_count() - 1))
+    peak = next((flops for key, flops in PEAK_BF16_FLOPS.items() if key in properties.name), None)
+    return Device("cuda", properties.name, "nccl", peak, properties.total_memory)

@@ -21,11 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import megatron_cpt
-from megatron_cpt.errors import InputError, TrainingError
+from megatron_cpt.errors import ConfigError, InputError, TrainingError
 
 GRACE_SECONDS = 10.0
 SETTLE_SECONDS = 2.0  # from the first failure on: when one rank fails the others fail with it, and one says why
 LAUNCHED = "MEGATRON_CPT_LAUNCHER_PID"
+WARNING = re.compile(r"warn|^\[?[WI]\d{4}\b", re.IGNORECASE)  # Python's, and those of torch's C++ ("[W1120 18:30")
 ROOT = Path(megatron_cpt.__file__).parents[1]
 # `python -m` of a rank, but without the current folder first on its path, where any random.py would be taken
 # for the standard library's, and with the package that the launcher itself runs.
@@ -78,6 +79,22 @@ def launch(module: str, arguments: Sequence[str], num_processes: int, log_folder
         raise _failure(origin, processes[origin].returncode, _log_path(log_folder, origin))
 
 
+def refuse_more_processes_than_devices(num_processes: int) -> None:
+    """Check that this machine has a device for each rank of a job.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    from megatron_cpt.runtime.device import DEVICE, device_count  # torch is heavy, and launching does without
+
+    count = device_count()
+    if count is not None and num_processes > count:
+        raise ConfigError(
+            f"got {num_processes} processes for {count} devices; start at most {count} on this machine, "
+            f"or set {DEVICE}=cpu"
+        )
+
+
 def started_by_launcher() -> bool:
     """Whether this process, or the one it was forked from, is a rank that `launch` has started."""
     return LAUNCHED in os.environ
@@ -104,6 +121,8 @@ def _rank_environment(rank: int, num_processes: int, port: int) -> Mapping[str, 
         "LOCAL_WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # Communication is then queued before the products that it hides behind; some layouts demand it.
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "PYTHONSAFEPATH": "1",  # the current folder stays off the path of what a rank starts, too
         LAUNCHED: str(os.getpid()),
@@ -164,7 +183,12 @@ def _failure(rank: int, code: int, log: Path) -> Exception:
     lines, reason = _lines(log), _reason(log)
     if code == InputError.exit_code and reason:
         return InputError(reason)
+    if code == -signal.SIGKILL and not reason:
+        return TrainingError(
+            f"rank {rank} was killed from outside (SIGKILL), perhaps for lack of memory (all it said: {log})"
+        )
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     exception = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)), None)
+    lines = [line for line in lines if not WARNING.search(line)]
     last = reason or exception or "; ".join(lines[-3:]) or "it said nothing"
     return TrainingError(f"rank {rank} {how}: {last} (all it said: {log})")

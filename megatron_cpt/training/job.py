@@ -17,7 +17,7 @@ from megatron_cpt.checkpoint.tokenizer_files import MODEL_FILES
 from megatron_cpt.config.manifest import MANIFEST, read_json, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.errors import TrainingError
-from megatron_cpt.runtime.launcher import launch
+from megatron_cpt.runtime.launcher import launch, refuse_more_processes_than_devices
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.tokenizer import Tokenizer
 from megatron_cpt.training.folder import (
@@ -42,6 +42,7 @@ def run_job(config: TrainConfig, num_processes: int) -> Path:
         InputError: something does not fit; nothing was changed.
         TrainingError: a rank failed.
     """
+    refuse_more_processes_than_devices(num_processes)
     inputs, output = read_inputs(config, num_processes), Path(config.output)
     identity = run_identity(config, inputs)
     refuse_other_run(output, identity)

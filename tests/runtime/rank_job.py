@@ -10,11 +10,21 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from megatron_cpt.runtime.launcher import die_with_launcher
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "OMP_NUM_THREADS",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+)
 
 
 def main(folder: Path, behaviours: list[str]) -> int:
@@ -39,7 +49,12 @@ def main(folder: Path, behaviours: list[str]) -> int:
         case ["crash", seconds]:
             time.sleep(float(seconds))
             raise ConnectionError("closed by the other side")
+        case ["exit"]:
+            print("cannot open the index", file=sys.stderr)
+            warnings.warn("nothing to do with it", UserWarning, stacklevel=1)
+            return 3
         case ["murder"]:
+            warnings.warn("nothing to do with it", UserWarning, stacklevel=1)
             os.kill(os.getpid(), signal.SIGKILL)
         case ["linger"]:
             time.sleep(60)

@@ -48,7 +48,8 @@ def failure(folder: Path, *behaviours: str) -> CptError:
 
 
 def test_ranks_know_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.delenv(name, raising=False)
     launch(MODULE, [str(tmp_path), "work", "work"], 2, tmp_path / "logs")
     first, second = facts_of(tmp_path)
     assert (first["RANK"], first["LOCAL_RANK"], second["RANK"], second["LOCAL_RANK"]) == ("0", "0", "1", "1")
@@ -56,8 +57,17 @@ def test_ranks_know_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert first[name] == second[name] == "2"
     assert first["MASTER_ADDR"] == "127.0.0.1" and first["MASTER_PORT"] == second["MASTER_PORT"]
     assert int(first["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // 2)
+    assert first["CUDA_DEVICE_MAX_CONNECTIONS"] == second["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert capfd.readouterr().out == "rank 0 is talking on standard output\n"
     assert (tmp_path / "logs" / "rank_1.log").read_text() == "rank 1 is talking on standard output\n"
+
+
+def test_what_the_user_has_set_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.setenv(name, "7")
+    launch(MODULE, [str(tmp_path), "work"], 1, tmp_path / "logs")
+    (facts,) = facts_of(tmp_path)
+    assert facts["OMP_NUM_THREADS"] == facts["CUDA_DEVICE_MAX_CONNECTIONS"] == "7"
 
 
 def test_refusal_arrives_as_the_rank_said_it(tmp_path: Path) -> None:
@@ -78,7 +88,8 @@ def test_failure_names_rank_log_and_last_words(tmp_path: Path) -> None:
     [
         (("crash:0", "refuse:0.5"), InputError, "the text is not Japanese"),
         (("crash:0", "crash:0", "lose:0.5"), TrainingError, "rank 2 ended with code 1: the loss is nan"),
-        (("crash:0.5", "murder"), TrainingError, "rank 1 was killed by SIGKILL"),
+        (("crash:0.5", "murder"), TrainingError, "rank 1 was killed from outside (SIGKILL)"),
+        (("exit",), TrainingError, "rank 0 ended with code 3: cannot open the index (all it said"),
         (("crash:0.5", "crash:0"), TrainingError, "rank 1 ended with code 1"),
     ],
 )
@@ -92,7 +103,9 @@ def test_the_root_cause_is_told(
 def test_a_killed_rank_ends_the_others_soon(tmp_path: Path) -> None:
     begun = time.monotonic()
     caught = failure(tmp_path, "linger", "murder")
-    assert str(caught).startswith("rank 1 was killed by SIGKILL: rank 1 is talking")
+    log = tmp_path / "logs" / "rank_1.log"
+    wanted = f"rank 1 was killed from outside (SIGKILL), perhaps for lack of memory (all it said: {log})"
+    assert str(caught) == wanted and "nothing to do with it" in log.read_text()
     assert time.monotonic() - begun < 10
 
 

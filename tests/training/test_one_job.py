@@ -32,3 +32,12 @@ def test_a_job_that_starts_while_ranks_are_being_started_is_refused(
     monkeypatch.setattr(job, "launch", launch)
     assert job.run_job(first, 1).name == "iter_0000002"
     assert json.loads((output / "run.json").read_text())["seed"] == 1
+
+
+def test_a_job_for_more_devices_than_there_are_writes_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_cpt.runtime.device.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="got 2 processes for 1 devices"):
+        job.run_job(tiny.config(tmp_path / "run"), 2)
+    assert not (tmp_path / "run").exists()
