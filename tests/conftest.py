@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parents[1])
 
 # These tests are of the CPU, on machines that have an accelerator too; and their matrices are tiny.
 os.environ.setdefault("MEGATRON_CPT_DEVICE", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ranks that tests start run modules of the tests; the current folder is not on their path.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
