@@ -87,7 +87,8 @@ def test_export_equals_the_trained_model(name: str, runs: dict[str, list[dict[st
     exported = tiny.root / f"{name}-exported"
     convert(checkpoint, exported, "hf", tokenizer=tiny.tokenizer)
     proof = load_file(checkpoint / "proof.safetensors")
-    assert proof["positions"].tolist() == list(range(32))
+    length = SHAPE.max_position_embeddings - (1 if name == "threes-TP3" else 0)  # a multiple of TP
+    assert proof["positions"].tolist() == list(range(length))
     with torch.no_grad():
         logits = LlamaForCausalLM.from_pretrained(exported)(proof["tokens"][None]).logits[0]
     difference = (logits - proof["logits"]).abs().max().item()
