@@ -88,7 +88,7 @@ def check_layout(
     Args:
         shape: the architecture.
         vocab_size: true vocabulary size.
-        vocab_divisor: the embedding's rows are padded to a multiple of this.
+        vocab_divisor: the embedding's rows are padded to a multiple of this, and of TP.
         parallel: the layout.
         batch: sequence length and batch sizes.
         world_size: number of ranks; data parallelism is world_size / (TP * PP).
@@ -97,10 +97,11 @@ def check_layout(
         ConfigError: one line for each thing that does not divide, with the nearest value that works.
     """
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    padded = padded_vocab_size(vocab_size, vocab_divisor)
+    # Rows that no tensor-parallel rank could share evenly are padded further; the loader fills them.
+    padded = padded_vocab_size(vocab_size, math.lcm(vocab_divisor, tensor))
     problems = [
         *_shape_problems(shape),
-        *_tensor_problems(shape, padded, vocab_divisor, parallel, batch),
+        *_tensor_problems(shape, parallel, batch),
         *_pipeline_problems(shape, parallel),
         *_overlap_problems(parallel),
         *_length_problems(shape, batch),
@@ -146,13 +147,16 @@ def _shape_problems(shape: LlamaShape) -> Iterator[str]:
             f"num_query_groups={groups} does not divide num_attention_heads={heads}; "
             f"the nearest that does is {_nearest(groups, _divisors(heads))}"
         )
+    if shape.hidden_size % heads:
+        yield (
+            f"num_attention_heads={heads} does not divide hidden_size={shape.hidden_size}, and transformers refuses "
+            f"such a Llama; the nearest hidden_size is {_nearest_multiple(shape.hidden_size, heads)}"
+        )
     if shape.head_dim % 2:
         yield f"head_dim={shape.head_dim} is odd, and rotary positions turn pairs; use {shape.head_dim + 1}"
 
 
-def _tensor_problems(
-    shape: LlamaShape, padded: int, vocab_divisor: int, parallel: ParallelConfig, batch: BatchConfig
-) -> Iterator[str]:
+def _tensor_problems(shape: LlamaShape, parallel: ParallelConfig, batch: BatchConfig) -> Iterator[str]:
     tensor = parallel.tensor_model_parallel_size
     sizes = {
         "num_attention_heads": shape.num_attention_heads,
@@ -165,11 +169,6 @@ def _tensor_problems(
         yield (
             f"tensor_model_parallel_size={tensor} does not divide {', '.join(undivided)}; "
             f"the nearest that divides heads, groups and ffn is {_nearest(tensor, works)}"
-        )
-    if padded % tensor:
-        yield (
-            f"tensor_model_parallel_size={tensor} does not divide padded_vocab_size={padded} "
-            f"(a multiple of vocab_divisor={vocab_divisor}); set vocab_divisor={math.lcm(vocab_divisor, tensor)}"
         )
     if parallel.sequence_parallel and tensor == 1:
         yield "sequence_parallel needs tensor_model_parallel_size > 1, got 1; switch it off"

@@ -6,7 +6,6 @@ a second and no process.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +42,7 @@ def read_inputs(config: TrainConfig, world_size: int) -> Inputs:
     tokenizer = load_tokenizer(config.tokenizer)
     shape = _shape(config, tokenizer)
     length = config.batch.seq_length
-    divisor = math.lcm(config.vocab_divisor, config.parallel.tensor_model_parallel_size)
-    layout = check_layout(shape, tokenizer.vocab_size, divisor, config.parallel, config.batch, world_size)
+    layout = check_layout(shape, tokenizer.vocab_size, config.vocab_divisor, config.parallel, config.batch, world_size)
     sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]
     validation = {source.language: _open(source.prefix, tokenizer) for source in config.data.validation}
     for dataset in validation.values():

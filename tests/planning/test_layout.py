@@ -61,6 +61,11 @@ def test_what_follows_from_a_layout() -> None:
     assert check(1).pipeline_layout is None
 
 
+def test_rows_are_padded_until_every_rank_has_as_many() -> None:
+    assert check(2, tp=2, divisor=255).padded_vocab_size % 510 == 0
+    assert check(1, divisor=255).padded_vocab_size % 255 == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -69,7 +74,10 @@ def test_what_follows_from_a_layout() -> None:
             "does not divide num_attention_heads=8, num_query_groups=4, ffn_hidden_size=176; .* 2$",
         ),
         (dict(world_size=8, tp=8), "=8 does not divide num_query_groups=4; the nearest that .* is 4$"),
-        (dict(world_size=2, tp=2, divisor=255), "=2 does not divide padded_vocab_size=255 .* set vocab_divisor=510$"),
+        (
+            dict(world_size=1, shape={"hidden_size": 66}),
+            "=8 does not divide hidden_size=66, .* the nearest hidden_size is 64$",
+        ),
         (dict(world_size=1, sp=True), "sequence_parallel needs tensor_model_parallel_size > 1"),
         (dict(world_size=4, tp=4, sp=True, seq=63), "cuts seq_length=63 into .*=4 parts; .* seq_length=64$"),
         (
@@ -102,8 +110,8 @@ def test_impossible_layouts_say_which_divisor_fails(settings: dict[str, Any], re
 def test_each_problem_has_one_line() -> None:
     with pytest.raises(ConfigError) as caught:
         check(5, tp=3, overlap_p2p=True)
-    assert str(caught.value).splitlines()[0] == "this layout has 4 problems:"
-    assert len(str(caught.value).splitlines()) == 5
+    assert str(caught.value).splitlines()[0] == "this layout has 3 problems:"
+    assert len(str(caught.value).splitlines()) == 4
 
 
 @pytest.mark.parametrize("tensor", range(1, 17))
