@@ -159,11 +159,11 @@ class Run:
         def train() -> dict[str, Any]:
             assert base.train is not None
             source = self.source
-            prefixes = self._build(shards, paths.base_tokenizer, {"train": source, "held_out": source})
-            data = self._sources({prefixes["train"]: (source, 1.0)}, {prefixes["held_out"]: source})
+            train_prefix, held_out_prefix = self._build(shards, paths.base_tokenizer, source)
+            data = self._sources({train_prefix: (source, 1.0)}, {held_out_prefix: source})
             job = self._job(base.train, job_folder, paths.base_tokenizer, data, shape=base.shape)
             checkpoint = run_job(job, base.train.num_processes)
-            return convert(checkpoint, paths.base_model, "hf", tokenizer=paths.base_tokenizer, dtype=None)
+            return convert(checkpoint, paths.base_model, "hf", tokenizer=paths.base_tokenizer)
 
         title = f"train the base model on {self.source.language} text"
         settings = {**base.model_dump(), "seed": self.config.seed, "vocab_divisor": self.config.vocab_divisor}
@@ -214,8 +214,7 @@ class Run:
 
         def build() -> dict[str, Any]:
             for corpus in (self.source, self.target):
-                names = {f"{corpus.language}.train": corpus, f"{corpus.language}.held_out": corpus}
-                self._build(paths.shards, paths.tokenizer, names)
+                self._build(paths.shards, paths.tokenizer, corpus)
                 held_out = corpus.held_out()
                 build_dataset(held_out, paths.base_tokenizer, paths.base_held_out(corpus.language), corpus.language)
             return {}
@@ -273,15 +272,13 @@ class Run:
             is_result=True,
         )
 
-    def _build(self, folder: Path, tokenizer: Path, corpora: dict[str, Corpus]) -> dict[str, str]:
-        """Build one dataset for each name; a name that ends in "held_out" takes the held-out texts."""
-        prefixes = {}
-        for name, corpus in corpora.items():
-            prefix = folder / name
-            documents = corpus.held_out() if name.endswith("held_out") else corpus.train()
-            build_dataset(documents, tokenizer, prefix, corpus.language, num_threads=2, overwrite=True)
-            prefixes[name] = str(prefix)
-        return prefixes
+    def _build(self, folder: Path, tokenizer: Path, corpus: Corpus) -> tuple[str, str]:
+        """Build the datasets `<language>.train` and `<language>.held_out`; returns their prefixes."""
+        texts = {"train": corpus.train(), "held_out": corpus.held_out()}
+        prefixes = {side: folder / f"{corpus.language}.{side}" for side in texts}
+        for side, documents in texts.items():
+            build_dataset(documents, tokenizer, prefixes[side], corpus.language, num_threads=2, overwrite=True)
+        return str(prefixes["train"]), str(prefixes["held_out"])
 
     def _sources(self, train: dict[str, tuple[Corpus, float]], validation: dict[str, Corpus]) -> TrainDataConfig:
         return TrainDataConfig(

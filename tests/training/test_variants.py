@@ -50,13 +50,17 @@ def runs(tiny: Tiny) -> dict[str, list[dict[str, Any]]]:
     """Metrics of every run."""
     shapes = {"llama3": LLAMA_3, "threes": THREES}
     given = {name: {"initial_checkpoint": str(write_model(tiny.root / f"{name}-hf", s))} for name, s in shapes.items()}
+    data = tiny.config(tiny.root / "unused").model_dump(mode="json")["data"]
+    one_language = {"data": {**data, "train": [{**source, "language": "a"} for source in data["train"]]}}
     two = {
         "bf16": {"precision": "bf16", "parallel": {**TENSOR_2, "sequence_parallel": True}},
         "llama3-TP2": {**given["llama3"], "parallel": {**TENSOR_2, "sequence_parallel": True}},
         "llama3-PP2": {**given["llama3"], "parallel": PIPELINE_2},
     }
     return {
-        **tiny.train_many({"llama3-one": given["llama3"], "threes-one": given["threes"]}, 1),
+        **tiny.train_many(
+            {"llama3-one": given["llama3"], "threes-one": given["threes"], "one-language": one_language}, 1
+        ),
         **tiny.train_many(two, 2),
         **tiny.train_many({"threes-TP3": {**given["threes"], "parallel": {"tensor_model_parallel_size": 3}}}, 3),
     }
@@ -112,3 +116,15 @@ def test_bf16_stays_near_fp32(
     assert 0 < difference <= 0.05
     reader = open_torch_dist(last_checkpoint(tiny.root / "bf16"))
     assert {reader.dtype(name) for name in reader.names()} == {torch.bfloat16}
+
+
+def test_two_sources_of_a_language_are_scored_together(
+    runs: dict[str, list[dict[str, Any]]], reference: list[dict[str, Any]]
+) -> None:
+    """The order does not depend on the languages' names, so the steps are those of the reference."""
+    for together, apart in zip(runs["one-language"], reference, strict=True):
+        if "loss" in together:
+            assert together["loss"] == apart["loss"]
+            assert together["train_bits_per_byte"].keys() == {"a"}
+            low, high = sorted(apart["train_bits_per_byte"].values())
+            assert low < together["train_bits_per_byte"]["a"] < high
