@@ -10,7 +10,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_cpt import __version__
 from megatron_cpt.errors import CptError, InputError, error_of_system
@@ -30,15 +29,9 @@ VERBS = {
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
-def available_verbs() -> dict[str, str]:
-    """Verbs whose module is there, with one line of help each."""
-    here = Path(__file__).parent
-    return {verb: text for verb, text in VERBS.items() if (here / f"{verb}.py").is_file()}
-
-
 def usage() -> str:
     """The text of `megatron-cpt --help`."""
-    verbs = "\n".join(f"  {verb:<12}{text}" for verb, text in available_verbs().items())
+    verbs = "\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())
     return (
         "usage: megatron-cpt VERB ...\n\n"
         "Continue the pre-training of a Llama in another language, vocabulary included.\n\n"
@@ -90,10 +83,9 @@ def _answer(words: list[str]) -> int:
 
 
 def _run_verb(verb: str, words: list[str]) -> int:
-    verbs = available_verbs()
-    if verb not in verbs:
-        near = difflib.get_close_matches(verb, verbs, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(verbs)}"
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(VERBS)}"
         raise InputError(f"unknown verb {verb!r}: {hint}")
 
     import typer

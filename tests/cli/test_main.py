@@ -19,7 +19,7 @@ import yaml
 
 from megatron_cpt.cli import main as main_module
 from megatron_cpt.cli.doctor import OPTIONAL
-from megatron_cpt.cli.main import available_verbs, main
+from megatron_cpt.cli.main import VERBS, main
 from megatron_cpt.config.loading import load_config
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import DataError, TrainingError
@@ -40,13 +40,13 @@ def test_help_is_fast_and_loads_no_torch() -> None:
         result = run("--help")
         durations.append(time.perf_counter() - begin)
     assert result.returncode == 0
-    assert all(f"\n  {verb} " in result.stdout for verb in available_verbs())
+    assert all(f"\n  {verb} " in result.stdout for verb in VERBS)
     assert min(durations) < 0.5
     program = "import sys; from megatron_cpt.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("verb", available_verbs())
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     shown = capsys.readouterr().out

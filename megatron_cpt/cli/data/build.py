@@ -1,4 +1,4 @@
-"""`megatron-cpt data`: build an indexed dataset, look into it, prove it."""
+"""`megatron-cpt data build`: corpus files to an indexed dataset."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group, RenderableType
-from rich.rule import Rule
-from rich.table import Table
-from rich.text import Text
 
 from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
+from megatron_cpt.cli.data.facts import show_facts
 
 if TYPE_CHECKING:
     from megatron_cpt.data import Document
 
-app = typer.Typer(help="Build, inspect and verify indexed datasets.", no_args_is_help=True)
 
-Prefix = Annotated[str, typer.Argument(help="Dataset: its path without .bin or .idx.")]
-
-
-@app.command()
 def build(
     files: Annotated[list[Path], typer.Argument(help="Corpus: .jsonl or .txt (also .gz, .zst), or .parquet.")],
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder or model file.")],
@@ -57,7 +49,7 @@ def build(
         if not overwrite:
             check_no_dataset(output)
         mine = (d for d in read_documents(files, text_field) if is_held_out(d, held_out) == only_held_out)
-        emit(_plan_of(files, tokenizer, output, mine), as_json, _facts)
+        emit(_plan_of(files, tokenizer, output, mine), as_json, show_facts)
         return
     with progress(f"Building {output}") as advance:
         documents = read_documents(files, text_field, language, on_progress=advance)
@@ -72,7 +64,7 @@ def build(
             inputs={str(file): sha256_file(file) for file in files if file.is_file()},
             overwrite=overwrite,
         )
-    emit({"prefix": output, **manifest}, as_json, _facts)
+    emit({"prefix": output, **manifest}, as_json, show_facts)
 
 
 def _plan_of(files: list[Path], tokenizer: Path, output: str, documents: Iterable[Document]) -> dict[str, Any]:
@@ -90,55 +82,3 @@ def _plan_of(files: list[Path], tokenizer: Path, output: str, documents: Iterabl
         "tokenizer_sha256": loaded.sha256,
         "first_document": {"source": first.source, "ids": loaded.encode(first.text)[:16]},
     }
-
-
-@app.command()
-def inspect(
-    prefix: Prefix,
-    document: Annotated[int | None, typer.Option(min=0, help="Show this document.")] = None,
-    sample: Annotated[int | None, typer.Option(min=0, help="Show this sample of a plan with one source.")] = None,
-    seq_length: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the plan.")] = 1,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer, where it is no longer where it was.")] = None,
-    foreign: Annotated[
-        bool, typer.Option("--foreign", help="Read a dataset of another tool, without a manifest.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Show what a dataset holds: its facts, one document or one sample, decoded."""
-    from megatron_cpt.data import IndexedDataset, describe, describe_document, describe_sample, tokenizer_of
-
-    dataset = IndexedDataset(prefix, foreign=foreign)
-    value = describe(dataset)
-    if document is not None:
-        value["document"] = describe_document(dataset, tokenizer_of(dataset, tokenizer), document)
-    if sample is not None:
-        value["sample"] = describe_sample(dataset, tokenizer_of(dataset, tokenizer), sample, seq_length, seed)
-    emit(value, as_json, _facts)
-
-
-@app.command()
-def verify(prefix: Prefix, as_json: JsonOption = False) -> None:
-    """Prove that a dataset is whole: sizes, hashes, every token id, bos and eos of every document."""
-    from megatron_cpt.data import verify_dataset
-
-    with progress(f"Verifying {prefix}") as advance:
-        value = verify_dataset(prefix, on_progress=advance)
-    emit(value, as_json, _facts)
-
-
-def _facts(value: dict[str, Any]) -> RenderableType:
-    """A table of the facts; the texts of a document or sample below, each piece after a rule."""
-    table = Table(show_header=False, box=None)
-    parts: list[RenderableType] = [table]
-    for name, fact in value.items():
-        if name in ("document", "sample"):
-            parts += [Rule(f"{name} {fact['number']}"), _facts({k: v for k, v in fact.items() if k != "number"})]
-        elif name == "pieces":
-            for piece in fact:
-                parts += [Rule(f"{piece['tokens']} tokens"), Text(piece["text"])]
-        elif name == "text":
-            parts.append(Text(fact))
-        elif name != "ids":
-            table.add_row(name, Text(f"{fact:,}" if type(fact) is int else str(fact)))
-    return Group(*parts)

@@ -1,0 +1,12 @@
+"""`megatron-cpt data`: from corpus files to samples, one file a command."""
+
+from __future__ import annotations
+
+import typer
+
+from megatron_cpt.cli.data.build import build
+from megatron_cpt.cli.data.inspect import inspect, verify
+
+app = typer.Typer(help="Build, inspect and verify indexed datasets.", no_args_is_help=True)
+for command in (build, inspect, verify):
+    app.command()(command)

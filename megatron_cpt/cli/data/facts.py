@@ -1,0 +1,27 @@
+"""How the facts of a dataset are shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+
+def show_facts(value: dict[str, Any]) -> RenderableType:
+    """A table of the facts; the texts of a document or sample below, each piece after a rule."""
+    table = Table(show_header=False, box=None)
+    parts: list[RenderableType] = [table]
+    for name, fact in value.items():
+        if name in ("document", "sample"):
+            parts += [Rule(f"{name} {fact['number']}"), show_facts({k: v for k, v in fact.items() if k != "number"})]
+        elif name == "pieces":
+            for piece in fact:
+                parts += [Rule(f"{piece['tokens']} tokens"), Text(piece["text"])]
+        elif name == "text":
+            parts.append(Text(fact))
+        elif name != "ids":
+            table.add_row(name, Text(f"{fact:,}" if type(fact) is int else str(fact)))
+    return Group(*parts)
