@@ -1,0 +1,125 @@
+"""Parallel corpora: what is read, how it is written, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_cpt.cli.main import main
+from megatron_cpt.data.pairs import Direction, Pair, Template, pair_documents, read_pairs, write_pairs
+from megatron_cpt.errors import DataError
+
+TEXTS = [("A cat.", "猫です。"), ("Two\ndogs.", "犬が二匹。"), ("", "空です。"), ("Rain {falls}.", "雨が降る。")]
+PAIRS = [Pair(texts, f"memory:{k}", f"book#{k}") for k, texts in enumerate(TEXTS)]
+
+
+def documents(direction: Direction = "forward", template: str = "plain", seed: int = 1) -> list[dict[str, str]]:
+    return list(pair_documents(PAIRS, ("en", "ja"), Template(template), direction, seed))
+
+
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path) -> None:
+    texts = [pair for pair in TEXTS if "\n" not in pair[0]]
+    rows = [{"id": f"w#{k}", "en": en, "ja": ja} for k, (en, ja) in enumerate(texts)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    (tmp_path / "d.tsv").write_text("".join(f"{en}\tx\t{ja}\r\n" for en, ja in texts))
+    (tmp_path / "e.tsv.gz").write_bytes(gzip.compress((tmp_path / "d.tsv").read_bytes()))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.tsv", "e.tsv.gz"):
+        fields = ("1", "3") if "tsv" in name else ("en", "ja")
+        pairs = list(read_pairs([tmp_path / name], fields))
+        assert [pair.texts for pair in pairs] == texts
+        assert pairs[-1].place == f"{tmp_path / name}:{len(texts)}"
+        assert [pair.id for pair in pairs] == (["", "", ""] if "tsv" in name else [row["id"] for row in rows])
+
+
+def test_plain_documents_hold_both_texts_and_skip_half_pairs() -> None:
+    forward, backward = documents("forward"), documents("backward")
+    assert [d["text"] for d in forward] == ["A cat.\n猫です。", "Two\ndogs.\n犬が二匹。", "Rain {falls}.\n雨が降る。"]
+    assert [d["text"].split("\n")[0] for d in backward] == ["猫です。", "犬が二匹。", "雨が降る。"]
+    assert {d["direction"] for d in forward} == {"en-ja"} and {d["direction"] for d in backward} == {"ja-en"}
+    assert [d["id"] for d in documents("both")] == ["book#0", "book#0", "book#1", "book#1", "book#3", "book#3"]
+    assert documents("both")[::2] == forward and documents("both")[1::2] == backward
+
+
+def test_instructions_are_in_the_language_of_the_sentence() -> None:
+    forward, backward = documents("forward", "instruction")[0], documents("backward", "instruction")[0]
+    assert forward["text"] == "Translate the following English text into Japanese.\n\nA cat.\n\n猫です。"
+    assert backward["text"].startswith("次の日本語の文を英語に") and backward["text"].endswith("\n\n猫です。\n\nA cat.")
+    for source in ("en", "ja", "ko", "de"):
+        for target in ("en", "ja", "ko", "de"):
+            text = Template("instruction").write("S", "T", source, target)
+            assert text.endswith("\n\nS\n\nT") and "{" not in text
+    with pytest.raises(DataError, match="'fr' has no name"):
+        Template("instruction").write("S", "T", "en", "fr")
+
+
+def test_own_templates() -> None:
+    own = documents("forward", "{{{source_language}}} {source} = {target_language}: {target}")
+    assert own[0]["text"] == "{English} A cat. = Japanese: 猫です。"
+    assert own[2]["text"] == "{English} Rain {falls}. = Japanese: 雨が降る。"
+    for wrong in ("{source}", "{source} {target} {other}", "{source} {target", "{target} {}", "nothing"):
+        with pytest.raises(DataError, match="template"):
+            Template(wrong)
+
+
+def test_sampled_directions_depend_on_seed_and_texts_alone() -> None:
+    pairs = [Pair((f"sentence {k}", f"文 {k}"), "") for k in range(2000)]
+
+    def directions(chosen: list[Pair], seed: int) -> list[str]:
+        return [d["direction"] for d in pair_documents(chosen, ("en", "ja"), Template("plain"), "sampled", seed)]
+
+    first = directions(pairs, 1)
+    assert directions(pairs[::-1], 1) == first[::-1]
+    assert 900 < first.count("en-ja") < 1100
+    other = directions(pairs, 2)
+    assert 900 < sum(a == b for a, b in zip(first, other, strict=True)) < 1100
+
+
+def test_the_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    for name in ("out.jsonl", "out.jsonl.gz", "out.jsonl.zst"):
+        facts = write_pairs(documents("both"), tmp_path / name)
+        assert facts["documents"] == 6 and facts["directions"] == {"en-ja": 3, "ja-en": 3}
+        assert [p.texts[0] for p in read_pairs([tmp_path / name], ("text", "id"))] == [
+            d["text"] for d in documents("both")
+        ]
+        with pytest.raises(DataError, match="exists already"):
+            write_pairs(documents(), tmp_path / name)
+
+    def broken() -> Any:
+        yield documents()[0]
+        raise DataError("the source breaks")
+
+    for records, message in ((broken(), "breaks"), (iter(()), "no pair to write")):
+        with pytest.raises(DataError, match=message):
+            write_pairs(records, tmp_path / "half.jsonl")
+    with pytest.raises(DataError, match=r"ends in \.jsonl"):
+        write_pairs(documents(), tmp_path / "out.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst"]
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "pairs of two.tsv"
+    corpus.write_text("".join(f"{en}\t{ja}\n" for en, ja in TEXTS if "\n" not in en))
+    words = ["data", "pairs", str(corpus), "--languages", "en,ja", "--fields", "1,2"]
+    assert main([*words, "--output", str(tmp_path / "x.jsonl"), "--direction", "both", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["directions"] == {"en-ja": 2, "ja-en": 2}
+    for extra, message in (
+        (["--direction", "up"], ", ".join(get_args(Direction))),
+        (["--languages", "en"], "two different names"),
+        (["--languages", "../x,ja"], "begins with a letter"),
+        (["--fields", "1,9"], f"{corpus}:1: 2 columns, expected 9"),
+        (["--fields", "en,ja"], "counted from 1"),
+        (["--template", "{source}"], "placeholders source"),
+    ):
+        assert main([*words, *extra, "--output", str(tmp_path / "y.jsonl")]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+    assert main(["data", "pairs", str(tmp_path / "no.tsv"), *words[3:], "--output", str(tmp_path / "y.jsonl")]) == 2
+    assert not (tmp_path / "y.jsonl").exists()
