@@ -5,3 +5,4 @@
 
 void bind_records(pybind11::module_& module);
 void bind_order(pybind11::module_& module);
+void bind_packing(pybind11::module_& module);

@@ -5,4 +5,5 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "C++ core of megatron_cpt.data.";
   bind_records(module);
   bind_order(module);
+  bind_packing(module);
 }

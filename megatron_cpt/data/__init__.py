@@ -1,11 +1,13 @@
 """From text files to training samples: documents, indexed datasets, and the order they are visited in."""
 
-from megatron_cpt.data.batches import IGNORED, Batch, Samples, ValidationWindows, batch, validation_windows
+from megatron_cpt.data.batches import Batch, batch, scored_bytes, validation_batch
 from megatron_cpt.data.build import build_dataset, check_no_dataset, verify_dataset
 from megatron_cpt.data.describe import describe, describe_document, describe_sample, tokenizer_of
 from megatron_cpt.data.documents import Document, is_held_out, read_documents, split_held_out, work_of
 from megatron_cpt.data.indexed import IndexedDataset
-from megatron_cpt.data.sampler import Place, Sample, SamplePlan
+from megatron_cpt.data.packing import pack_dataset
+from megatron_cpt.data.sampler import Place, SamplePlan
+from megatron_cpt.data.windows import IGNORED, Sample, Window, Windows, open_windows
 
 __all__ = [
     "IGNORED",
@@ -15,8 +17,8 @@ __all__ = [
     "Place",
     "Sample",
     "SamplePlan",
-    "Samples",
-    "ValidationWindows",
+    "Window",
+    "Windows",
     "batch",
     "build_dataset",
     "check_no_dataset",
@@ -24,10 +26,13 @@ __all__ = [
     "describe_document",
     "describe_sample",
     "is_held_out",
+    "open_windows",
+    "pack_dataset",
     "read_documents",
+    "scored_bytes",
     "split_held_out",
     "tokenizer_of",
-    "validation_windows",
+    "validation_batch",
     "verify_dataset",
     "work_of",
 ]

@@ -13,6 +13,18 @@ def gather(
     stream: npt.NDArray[np.integer], starts: Int64s, first: int, length: int, vocab_size: int
 ) -> tuple[Int64s, Int64s]: ...
 
+# Samples and packing (csrc/bind_packing.cpp)
+
+def sample(
+    stream: npt.NDArray[np.integer],
+    document_starts: Int64s,
+    firsts: Int64s,
+    counts: npt.NDArray[np.int32],
+    seq_length: int,
+    vocab_size: int,
+) -> tuple[Int64s, Int64s, Int64s]: ...
+def pack(document_starts: Int64s, seq_length: int) -> tuple[Int64s, npt.NDArray[np.int32], Int64s]: ...
+
 # Blocks of documents (csrc/bind_records.cpp)
 
 class Block:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.data.sampler import SamplePlan
+from megatron_cpt.data.windows import open_windows
 from megatron_cpt.errors import DataError
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -65,21 +66,22 @@ def describe_sample(
 
     Returns:
         `number`, `epoch`, `window`, `start` (its first token in the stream), `state_hash` of the plan, and
-        `pieces`: the ids and text between two document borders, S + 1 tokens in all.
+        `pieces`: the ids and text between two document borders, the last label included.
 
     Raises:
-        DataError: no such sample, or the dataset is shorter than one.
+        DataError: no such sample.
     """
     plan = SamplePlan([(dataset, dataset.language, 1.0)], seq_length, seed)
-    place, sample = plan.place(number), plan.sample(number)
-    inside = sample.boundaries[sample.boundaries > 0]
+    place = plan.place(number)
+    firsts, counts = open_windows(dataset, seq_length).pieces(place.window)
+    tokens, borders = dataset.tokens(int(firsts[0]), int(firsts[0] + counts[0]) + 1)
     return {
         "number": number,
         "epoch": place.epoch,
         "window": place.window,
         "start": place.window * seq_length,
         "state_hash": plan.state_hash,
-        "pieces": [_decoded(piece, tokenizer) for piece in np.split(sample.tokens, inside)],
+        "pieces": [_decoded(piece, tokenizer) for piece in np.split(tokens, borders[borders > 0])],
     }
 
 

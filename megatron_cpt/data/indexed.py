@@ -191,6 +191,9 @@ class IndexedDataset:
         self._read_index()
         self._check_manifest()
 
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str, bool]]:
+        return IndexedDataset, (self.prefix, not self.manifest)  # another process maps the files itself
+
     def _read_index(self) -> None:
         """Map both files and check every length and offset of the index against the token stream."""
         path, size = idx_path(self.prefix), idx_path(self.prefix).stat().st_size

@@ -20,32 +20,14 @@ import numpy.typing as npt
 from megatron_cpt.config.manifest import sha256_json
 from megatron_cpt.data import _native
 from megatron_cpt.data.indexed import IndexedDataset
+from megatron_cpt.data.windows import Sample, open_windows
 from megatron_cpt.errors import DataError
 
 Int64s = npt.NDArray[np.int64]
 
 BLOCK = 1000
-_ORDER = 1  # of the rules above; part of the state hash
+_ORDER = 2  # of the rules above; part of the state hash
 _MIXTURE_KEY = 0  # purposes of the keys derived from the seed; source s has purpose 1 + s
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One window of a token stream.
-
-    Args:
-        tokens: int64 ids of shape [S + 1]; inputs are all but the last, labels all but the first.
-        boundaries: increasing positions in 0..S at which a document starts; position S is a label only.
-        num_labels: how many of the S labels are real; the rest is padding.
-        source: number of the source in its plan.
-        language: language of that source.
-    """
-
-    tokens: Int64s
-    boundaries: Int64s
-    num_labels: int
-    source: int
-    language: str
 
 
 @dataclass(frozen=True)
@@ -79,8 +61,7 @@ def quotas(weights: Sequence[float], block: int = BLOCK) -> list[int]:
 class SamplePlan:
     """An endless, fixed sequence of samples from weighted sources.
 
-    The windows of a source are the spans of S + 1 tokens that begin at multiples of S in its stream;
-    they cross document borders. Tokens after the last whole window (fewer than S) are never visited.
+    An epoch of a source visits each of its windows (`open_windows`) once.
 
     Args:
         sources: (dataset or its prefix, language, weight) each; weights are shares of the samples.
@@ -88,8 +69,8 @@ class SamplePlan:
         seed: 0 to 2^64 - 1.
 
     Raises:
-        DataError: a dataset that cannot be read, is shorter than one window or is listed twice, or
-            datasets of different tokenizers.
+        DataError: a dataset that cannot be read, holds no prediction or is listed twice, or datasets of
+            different tokenizers.
     """
 
     def __init__(
@@ -104,19 +85,15 @@ class SamplePlan:
             dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset) for dataset, _, _ in sources
         ]
         self.languages = [language for _, language, _ in sources]
-        self.num_windows = [(dataset.num_tokens - 1) // seq_length for dataset in self.datasets]
         self._check()
+        self._windows = [open_windows(dataset, seq_length) for dataset in self.datasets]
+        self.num_windows = [len(windows) for windows in self._windows]
         self._quotas = np.array(self.quotas, np.int64)
         self._keys = [_native.derive(seed, purpose) for purpose in range(1 + len(self.datasets))]
 
     def _check(self) -> None:
         prefixes = [dataset.prefix for dataset in self.datasets]
         for number, dataset in enumerate(self.datasets):
-            if not self.num_windows[number]:
-                raise DataError(
-                    f"{dataset.prefix} holds {dataset.num_tokens} tokens, one sample needs {self.seq_length + 1}; "
-                    "give more text or a smaller seq_length"
-                )
             if dataset.prefix in prefixes[:number]:
                 raise DataError(f"{dataset.prefix} is listed twice; list it once with the sum of the weights")
             first = self.datasets[0]
@@ -161,9 +138,7 @@ class SamplePlan:
             DataError: the dataset holds an id that is not of its vocabulary.
         """
         place = self.place(number)
-        start = place.window * self.seq_length
-        tokens, boundaries = self.datasets[place.source].tokens(start, start + self.seq_length + 1)
-        return Sample(tokens, boundaries, self.seq_length, place.source, self.languages[place.source])
+        return Sample(self._windows[place.source].window(place.window), place.source, self.languages[place.source])
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How often the first `num_samples` samples pass through each source: prefix -> passes."""

@@ -18,7 +18,15 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint import LlamaForward, check_belongs, read_shape
-from megatron_cpt.data import IGNORED, Document, IndexedDataset, batch, build_dataset, validation_windows
+from megatron_cpt.data import (
+    IGNORED,
+    Document,
+    IndexedDataset,
+    build_dataset,
+    open_windows,
+    scored_bytes,
+    validation_batch,
+)
 from megatron_cpt.planning.parameters import count_parameters
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.tokenizer import load_tokenizer
@@ -48,13 +56,12 @@ def score_dataset(
     Raises:
         DataError: the dataset was built without bos, or does not know its bytes of text.
     """
-    windows = validation_windows(dataset, seq_length)
-    text_bytes = windows.text_bytes
+    windows, text_bytes = open_windows(dataset, seq_length), scored_bytes(dataset)
     per_pass = max(1, TOKENS_PER_PASS // seq_length)
     nats, tokens = 0.0, 0
     for first in range(0, len(windows), per_pass):
         last = min(first + per_pass, len(windows))
-        packed = batch(windows, range(first, last))
+        packed = validation_batch(windows, first, last - first)
         labels_N = torch.from_numpy(packed.labels_N)
         if eos_id is not None:
             labels_N = labels_N.masked_fill(labels_N == eos_id, IGNORED)

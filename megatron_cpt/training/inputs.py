@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_cpt.checkpoint import check_belongs, open_torch_dist, read_shape
 from megatron_cpt.checkpoint.metadata import METADATA
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
-from megatron_cpt.data import IndexedDataset, SamplePlan, validation_windows
+from megatron_cpt.data import IndexedDataset, SamplePlan, open_windows, scored_bytes
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.planning.layout import Layout, check_layout
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
@@ -46,7 +46,8 @@ def read_inputs(config: TrainConfig, world_size: int) -> Inputs:
     sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]
     validation = {source.language: _open(source.prefix, tokenizer) for source in config.data.validation}
     for dataset in validation.values():
-        _ = validation_windows(dataset, length).text_bytes  # refuses what no bits per byte can be had of
+        open_windows(dataset, length)  # here and in the next line, what no bits per byte can be had of is refused
+        scored_bytes(dataset)
     return Inputs(tokenizer, shape, layout, SamplePlan(sources, length, config.seed), validation)
 
 

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_cpt.config.manifest import write_json_atomic
 from megatron_cpt.config.schema import TrainConfig
-from megatron_cpt.data import IndexedDataset, batch, validation_windows
+from megatron_cpt.data import IndexedDataset, batch, open_windows, validation_batch
 from megatron_cpt.errors import InputError, TrainingError
 from megatron_cpt.model.llama import build_model, engine_config
 from megatron_cpt.planning.flops import flops_per_token
@@ -212,7 +212,7 @@ class Trainer:
         """Micro-batch `index` of this rank: the samples a step sees do not depend on the layout."""
         size, mesh = self.config.batch.micro_batch_size, self.mesh
         first = step * self.config.batch.global_batch_size + (index * mesh.data_size + mesh.data_rank) * size
-        return to_device(batch(self.inputs.plan, range(first, first + size)))
+        return to_device(batch([self.inputs.plan.sample(number) for number in range(first, first + size)]))
 
     def _bits_per_byte(self, sums: StepSums) -> dict[str, float]:
         """Training loss of each language in bits per byte, bytes per token taken from the manifests."""
@@ -255,14 +255,14 @@ class Trainer:
 
     def _score(self, dataset: IndexedDataset) -> StepSums:
         size, mesh = self.config.batch.micro_batch_size, self.mesh
-        windows = validation_windows(dataset, self.config.batch.seq_length)
+        windows = open_windows(dataset, self.config.batch.seq_length)
         per_round = size * mesh.data_size
         rounds = -(-len(windows) // per_round)
         if mesh.virtual_size:  # the interleaved schedule takes multiples of the pipeline's size
             rounds = -(-rounds // mesh.pipeline_size) * mesh.pipeline_size
         firsts = [(index * mesh.data_size + mesh.data_rank) * size for index in range(rounds)]
         eos = self.inputs.tokenizer.eos_id
-        mine = [to_device(batch(windows, range(first, first + size)), ignored_label=eos) for first in firsts]
+        mine = [to_device(validation_batch(windows, first, size), ignored_label=eos) for first in firsts]
         with torch.no_grad():
             return run_schedule(self.model, mesh, mine, 1, forward_only=True)
 

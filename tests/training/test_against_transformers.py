@@ -32,7 +32,7 @@ def transformers_curve(tiny: Tiny) -> list[float]:
         rate = LEARNING_RATE * (step + 1) / WARMUP if step < WARMUP else MINIMUM + (LEARNING_RATE - MINIMUM) * cosine
         for group in optimizer.param_groups:
             group["lr"] = rate
-        packed = batch(plan, range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
+        packed = batch([plan.sample(step * GLOBAL_BATCH + number) for number in range(GLOBAL_BATCH)])
         document_N = torch.from_numpy(np.repeat(np.arange(len(packed.cu_seqlens) - 1), np.diff(packed.cu_seqlens)))
         num = len(document_N)
         allowed = (document_N[:, None] == document_N[None]) & torch.ones(num, num, dtype=torch.bool).tril()

@@ -1,0 +1,143 @@
+"""Best-fit packing: the predictions of whole documents in as few bins of S positions as can be had.
+
+`<prefix>.pack-<S>.bin` holds, little endian and back to back, the first prediction of each piece (i64),
+the border of each bin among the pieces (i64, bins + 1) and the predictions of each piece (i32), bin after
+bin. `<prefix>.pack-<S>.manifest.json`, written last, says how many of them there are and of which dataset.
+
+Source: best-fit decreasing (Johnson 1974); for language models Ding et al. 2024, "Fewer Truncations
+Improve Language Modeling".
+Deviates: a document longer than S is cut into pieces of S predictions and a rest, and the piece after a
+cut begins with the token that was the last label: no prediction is lost at a cut.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.config.manifest import read_manifest, sha256_file, write_manifest
+from megatron_cpt.data import _native
+from megatron_cpt.data.indexed import IndexedDataset
+from megatron_cpt.errors import DataError
+
+Int64s = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
+
+_KIND = "pack"
+_RULE = 1  # of the packing; another number makes every pack anew
+
+
+class Pack:
+    """The bins of a dataset, read through a memory map.
+
+    Args:
+        path: the pack's file.
+        num_pieces: pieces of all bins.
+        num_bins: bins.
+    """
+
+    def __init__(self, path: Path, num_pieces: int, num_bins: int) -> None:
+        expected = 12 * num_pieces + 8 * (num_bins + 1)
+        if not path.is_file() or path.stat().st_size != expected:
+            raise DataError(f"{path} is missing or not of {expected} bytes, as its manifest says; make the pack again")
+        mapped = np.memmap(path, mode="r").view(np.ndarray)
+        self._firsts = np.frombuffer(mapped, "<i8", num_pieces)
+        self._borders = np.frombuffer(mapped, "<i8", num_bins + 1, 8 * num_pieces)
+        self._counts = np.frombuffer(mapped, "<i4", num_pieces, 8 * (num_pieces + num_bins + 1))
+
+    def __len__(self) -> int:
+        """Bins."""
+        return len(self._borders) - 1
+
+    def pieces(self, number: int) -> tuple[Int64s, Int32s]:
+        """First token and predictions of each piece of a bin, in the order of the stream."""
+        pieces = slice(int(self._borders[number]), int(self._borders[number + 1]))
+        return self._firsts[pieces], self._counts[pieces]
+
+
+def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
+    """Pack a dataset for one sequence length, or find it packed already.
+
+    Takes time O(documents * log S), 12 bytes a piece on disk, and in memory 16 a piece and 24 a bin.
+    The result depends on the lengths of the documents and on S alone.
+
+    Args:
+        dataset: the dataset; the pack is written beside it.
+        seq_length: S, predictions of a bin.
+
+    Returns:
+        the manifest: `bins`, `pieces`, `predictions`, `fill` (predictions / (bins * S)), ...
+
+    Raises:
+        DataError: no document has two tokens, seq_length is below 1, or there are more than 2^32 - 2 pieces.
+    """
+    manifest = _manifest_path(dataset, seq_length)
+    wanted = _identity(dataset)
+    if manifest.exists():
+        found = read_manifest(manifest, _KIND, DataError)
+        if found["inputs"] == wanted and found["rule"] == _RULE and _data_path(dataset, seq_length).exists():
+            return found
+    try:
+        firsts, counts, borders = _native.pack(dataset.document_starts, seq_length)
+    except ValueError as caught:
+        raise DataError(f"{dataset.prefix}: {caught}") from None
+    if not len(counts):
+        raise DataError(f"{dataset.prefix} has no document of two tokens, so there is nothing to predict")
+    path = _data_path(dataset, seq_length)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        for array, dtype in ((firsts, "<i8"), (borders, "<i8"), (counts, "<i4")):
+            file.write(np.ascontiguousarray(array, dtype).data)
+        file.flush()
+        os.fsync(file.fileno())
+    manifest.unlink(missing_ok=True)  # from here until the end there is no pack
+    os.replace(temporary, path)
+    bins, predictions = len(borders) - 1, int(counts.sum(dtype=np.int64))
+    write_manifest(
+        manifest,
+        _KIND,
+        wanted,
+        rule=_RULE,
+        seq_length=seq_length,
+        bins=bins,
+        pieces=len(counts),
+        predictions=predictions,
+        fill=predictions / (bins * seq_length),
+        outputs={"bin": {"bytes": path.stat().st_size, "sha256": sha256_file(path)}},
+    )
+    return read_manifest(manifest, _KIND, DataError)
+
+
+def open_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
+    """The pack of a dataset.
+
+    Raises:
+        DataError: there is none for this sequence length, it is of another dataset, or it is damaged.
+    """
+    advice = f"make it with `data pack {dataset.prefix} --seq-length {seq_length}`"
+    path = _manifest_path(dataset, seq_length)
+    if not path.exists():
+        raise DataError(f"{dataset.prefix} is not packed for seq_length {seq_length}; {advice}")
+    manifest = read_manifest(path, _KIND, DataError)
+    if manifest["inputs"] != _identity(dataset) or manifest["rule"] != _RULE:
+        raise DataError(f"{path} is of another dataset than {dataset.prefix} holds now; {advice}")
+    return Pack(_data_path(dataset, seq_length), int(manifest["pieces"]), int(manifest["bins"]))
+
+
+def _identity(dataset: IndexedDataset) -> dict[str, str]:
+    """The dataset by content: its tokens, and where its documents begin."""
+    outputs = dataset.manifest.get("outputs", {})
+    files = {ending: str(outputs[ending]["sha256"]) for ending in ("bin", "idx") if ending in outputs}
+    return files or {"idx": dataset.content_hash}
+
+
+def _data_path(dataset: IndexedDataset, seq_length: int) -> Path:
+    return Path(f"{dataset.prefix}.pack-{seq_length}.bin")
+
+
+def _manifest_path(dataset: IndexedDataset, seq_length: int) -> Path:
+    return Path(f"{dataset.prefix}.pack-{seq_length}.manifest.json")
