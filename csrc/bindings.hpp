@@ -6,3 +6,4 @@
 void bind_records(pybind11::module_& module);
 void bind_order(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
+void bind_minhash(pybind11::module_& module);

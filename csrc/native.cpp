@@ -6,4 +6,5 @@ PYBIND11_MODULE(_native, module) {
   bind_records(module);
   bind_order(module);
   bind_packing(module);
+  bind_minhash(module);
 }
