@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,13 +29,63 @@ def pack(document_starts: Int64s, seq_length: int) -> tuple[Int64s, npt.NDArray[
 
 # Blocks of documents (csrc/bind_records.cpp)
 
+Buffer = bytes | bytearray | memoryview
+Bools = npt.NDArray[np.bool_]
+Column = tuple[Int64s, Any, Bools | None]  # offsets, data, which rows hold a value
+
 class Block:
+    """Documents back to back, and the records that were left out."""
+
     @staticmethod
     def from_texts(texts: list[str]) -> Block: ...
+    @staticmethod
+    def of_fault(line: int, reason: str) -> Block: ...
     def __len__(self) -> int: ...
     @property
     def text_bytes(self) -> int: ...
+    @property
+    def document_bytes(self) -> Int64s:
+        """Bytes of each document's text in UTF-8."""
+    @property
+    def lines(self) -> Int64s:
+        """Line (row) from 1 at which each document begins."""
+    @property
+    def faults(self) -> list[tuple[int, str]]:
+        """(line, reason) of each record that was left out, in order."""
     def texts(self) -> list[str]: ...
+    def ids(self) -> list[str]:
+        """The id of each document; empty where the corpus gives none."""
+    def select(self, keep: Bools) -> Block:
+        """The documents of a mask, and all faults."""
+    def held_out(self, fraction: float) -> Bools:
+        """`documents.is_held_out` of each document."""
+    def write_jsonl(self, keep: Bools, texts: list[str | None] | None = None) -> bytes:
+        """One JSON line a document of the mask: its own line, with the text replaced where `texts` has another.
+
+        Documents that do not come from jsonl give {"id", "text"}; a block of jsonl must be parsed with
+        `keep_records=True`.
+        """
+
+class Sha256:
+    """SHA-256 whose state can be saved and taken up again."""
+
+    def update(self, data: Buffer) -> None: ...
+    def digest(self) -> bytes: ...
+    def saved(self) -> bytes: ...
+    @staticmethod
+    def from_saved(saved: bytes) -> Sha256: ...
+
+def parse_jsonl(
+    data: Buffer, text_field: str, first_line: int, longest: int = ..., keep_records: bool = False
+) -> Block: ...
+def parse_txt(data: Buffer, first_line: int, longest: int = ...) -> Block: ...
+def parse_columns(
+    texts: Column, names: Column | None, text_field: str, first_row: int, longest: int = ...
+) -> Block: ...
+def count_lines(data: Buffer) -> int: ...
+def last_border(data: Buffer, paragraphs: bool) -> int: ...
+def first_border(data: Buffer, paragraphs: bool) -> int: ...
+def unfinished(data: Buffer, paragraphs: bool) -> bytes: ...
 
 # Signatures of documents and duplicates among them (csrc/bind_minhash.cpp)
 

@@ -1,20 +1,18 @@
-"""Documents and the files they come from: jsonl, txt and parquet, plain, gzip or zstd."""
+"""Documents one by one, for whoever wants them in Python, and which of them are held out."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
+from megatron_cpt.data.blocks import kind_of, open_blocks, stop_at_fault
 from megatron_cpt.errors import DataError
 
 Progress = Callable[[int, int], None]
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_JSONL = (".jsonl", ".ndjson", ".json")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,151 +74,42 @@ def read_documents(
     text_field: str = "text",
     language: str = "",
     on_progress: Progress | None = None,
+    on_error: str = "stop",
 ) -> Iterator[Document]:
     """Read the documents of corpus files, one at a time and in order.
 
-    `.jsonl` (also `.ndjson`, `.json`): one JSON object a line, its `id` is kept. `.txt`: documents stand
-    between blank lines. `.parquet`: one row a document. Each of the first two may end in `.gz` or `.zst`.
-    Nothing is cleaned or normalised; texts may be empty.
+    The kinds of files are those of `open_blocks`. Nothing is cleaned or normalised; texts may be empty.
 
     Args:
         paths: one file or several.
         text_field: field (column) that holds the text.
         language: language given to every document.
         on_progress: called with (bytes read, bytes in all), counted in the files as they are on disk.
+        on_error: "stop" at a record without a usable text, or "skip" it with a line in the log.
 
     Raises:
-        DataError: a file that is missing, of an unknown kind, cut short or not UTF-8, or a record
-            without a text; the message names file and line.
+        DataError: a file that is missing, of an unknown kind or cut short, or (`on_error="stop"`) a record
+            that is damaged, not UTF-8 or without a text; the message names file and line.
     """
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error is {on_error!r}, expected 'stop' or 'skip'")
     files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    readers = [(path, _reader_of(path)) for path in files]
+    for path in files:
+        kind_of(path)
     total = sum(path.stat().st_size for path in files)
     finished = 0
-    for path, reader in readers:
-        with open(path, "rb") as raw:
-            for count, (number, text, name) in enumerate(reader(path, raw, text_field)):
-                if on_progress is not None and count % 256 == 0:
-                    on_progress(finished + min(raw.tell(), path.stat().st_size), total)
-                yield Document(text, language, f"{path}:{number}", name)
-        finished += path.stat().st_size
+    for path in files:
+        with open_blocks(path, text_field) as reader:
+            while (raw := reader.read()) is not None:
+                block = raw.parse()
+                if on_error == "stop":
+                    stop_at_fault(block, path)
+                for line, reason in block.faults:
+                    _log.warning("%s:%d: %s (left out)", path, line, reason)
+                for line, text, name in zip(block.lines.tolist(), block.texts(), block.ids(), strict=True):
+                    yield Document(text, language, f"{path}:{line}", name)
+                if on_progress is not None:
+                    on_progress(finished + min(reader.bytes_read, reader.total_bytes), total)
+            finished += reader.total_bytes
         if on_progress is not None:
             on_progress(finished, total)
-
-
-Record = tuple[int, str, str]  # line or row (from 1), text, id
-Reader = Callable[[Path, IO[bytes], str], Iterator[Record]]
-
-
-def _reader_of(path: Path) -> Reader:
-    if not path.is_file():
-        what = "is a folder; name its files" if path.is_dir() else "does not exist"
-        raise DataError(f"corpus {path} {what}")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSION:
-        suffixes.pop()
-    kind = suffixes[-1] if suffixes else ""
-    if kind in _JSONL:
-        return _read_jsonl
-    if kind == ".txt":
-        return _read_text
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet
-    raise DataError(f"corpus {path}: cannot tell its kind; expected .jsonl or .txt (also with .gz or .zst) or .parquet")
-
-
-def _lines(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file that may be compressed, decoded strictly."""
-    stream: Any = raw
-    if path.suffix.lower() in _COMPRESSION:
-        import pyarrow
-
-        stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, _COMPRESSION[path.suffix.lower()]))
-    number = 0
-    while True:
-        number += 1
-        try:
-            line = stream.readline()
-        except (OSError, EOFError) as caught:
-            raise DataError(f"{path}:{number}: the compressed file is damaged or cut short ({caught})") from None
-        if not line:
-            return
-        try:
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as caught:
-            raise DataError(
-                f"{path}:{number}: not valid UTF-8 ({caught.reason} at byte {caught.start} of the line); "
-                "convert the file first"
-            ) from None
-
-
-def _read_jsonl(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:
-    for number, line in _lines(path, raw):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as caught:
-            raise DataError(
-                f"{path}:{number}: not a line of JSON ({caught}); expected one JSON object a line"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: got a JSON {type(record).__name__}, expected an object")
-        if text_field not in record:
-            have = ", ".join(sorted(record)) or "none"
-            raise DataError(
-                f"{path}:{number}: no field {text_field!r} (fields here: {have}); name the one with the text"
-            )
-        text = _checked_text(record[text_field], text_field, f"{path}:{number}")
-        yield number, text, _name(record.get("id"))
-
-
-def _name(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _checked_text(text: Any, text_field: str, place: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{place}: field {text_field!r} holds {type(text).__name__}, expected a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as caught:  # JSON can spell half of a surrogate pair, UTF-8 cannot
-        raise DataError(
-            f"{place}: {text_field!r} holds a lone surrogate at character {caught.start}; remove it"
-        ) from None
-    return text
-
-
-def _read_text(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:
-    del text_field  # a text file has no fields
-    first, block = 0, []
-    for number, line in _lines(path, raw):
-        if line.strip():
-            first = first or number
-            block.append(line)
-        elif block:
-            yield first, "".join(block).rstrip("\r\n"), ""
-            first, block = 0, []
-    if block:
-        yield first, "".join(block).rstrip("\r\n"), ""
-
-
-def _read_parquet(path: Path, raw: IO[bytes], text_field: str) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        file = pyarrow.parquet.ParquetFile(raw)
-        names = file.schema_arrow.names
-        if text_field not in names:
-            raise DataError(
-                f"{path}: no column {text_field!r} (columns here: {', '.join(names)}); name the one with the text"
-            )
-        for batch in file.iter_batches(batch_size=256, columns=[name for name in (text_field, "id") if name in names]):
-            for record in batch.to_pylist():
-                number += 1
-                text = _checked_text(record[text_field], text_field, f"{path}:{number}")
-                yield number, text, _name(record.get("id"))
-    except (OSError, pyarrow.ArrowException) as caught:
-        raise DataError(f"{path}: damaged or not a parquet file, after row {number} ({caught})") from None

@@ -70,13 +70,13 @@ GOOD = b'{"text": "good"}\n'
 BROKEN = {
     "malformed line": ("a.jsonl", GOOD + GOOD + b'{"text": "cut\n', "a.jsonl:3: not a line of JSON"),
     "deep line": ("a.jsonl", GOOD + b"[" * 200_000 + b"\n", "a.jsonl:2: not a line of JSON"),
-    "not an object": ("a.jsonl", b'["text"]\n', "a.jsonl:1: got a JSON list"),
+    "not an object": ("a.jsonl", b'["text"]\n', "a.jsonl:1: got a JSON array"),
     "missing field": (
         "a.jsonl",
         GOOD + b'{"body": "x", "id": 1}\n',
         "a.jsonl:2: no field 'text' \\(fields here: body, id",
     ),
-    "null text": ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: field 'text' holds NoneType"),
+    "null text": ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: field 'text' holds null"),
     "lone surrogate": ("a.jsonl", GOOD + b'{"text": "x\\ud800"}\n', "a.jsonl:2: .*lone surrogate"),
     "latin-1": ("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n', "a.jsonl:2: not valid UTF-8"),
     "latin-1 text": ("a.txt", b"good\n\ncaf\xe9\n", "a.txt:3: not valid UTF-8"),
@@ -119,7 +119,7 @@ def test_parquet_without_the_column_or_with_a_hole(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'text' .columns here: body."):
         list(read_documents(tmp_path / "a.parquet"))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="b.parquet:2: field 'text' holds NoneType"):
+    with pytest.raises(DataError, match="b.parquet:2: field 'text' holds null"):
         list(read_documents(tmp_path / "b.parquet"))
 
 
