@@ -7,3 +7,4 @@ void bind_records(pybind11::module_& module);
 void bind_order(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
 void bind_minhash(pybind11::module_& module);
+void bind_text(pybind11::module_& module);

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <string_view>
 #include <vector>
 
 namespace cpt {
@@ -29,6 +30,28 @@ enum class Kind : std::uint8_t {
   kConjoiningJamo,  // parts of syllables that NFC would join
 };
 constexpr std::size_t kNumKinds = 15;
+
+// A character's kind, and what part it takes in the shape of sentences and lines.
+class Character {
+ public:
+  enum Role : std::uint8_t { kNone = 0, kStop = 0x10, kCloser = 0x20, kBullet = 0x40 };
+
+  Character() = default;
+  constexpr explicit Character(Kind kind, unsigned roles = 0)
+      : bits_(static_cast<std::uint8_t>(static_cast<unsigned>(kind) | roles)) {}
+
+  Kind kind() const { return static_cast<Kind>(bits_ & 15); }
+  bool visible() const { return kind() != Kind::kSpace; }
+  bool is(Role role) const { return (bits_ & role) != 0; }
+  bool letter() const {
+    return kind() == Kind::kLetter ||
+           (kind() >= Kind::kLatin && kind() != Kind::kJapaneseStop && kind() != Kind::kJapaneseComma);
+  }
+  Character with(Role role) const { return Character(kind(), (bits_ & 0xf0U) | role); }
+
+ private:
+  std::uint8_t bits_ = 0;
+};
 
 // Where the general category changes: code point << 3 | one of the first six kinds. Unicode 14; what is
 // not assigned there counts as what stands before it.
@@ -143,37 +166,41 @@ constexpr KindRange kScripts[] = {
     {0xfffd, 0xfffd, Kind::kControl},  // what stands for characters that were lost
 };
 
-// Kind of every code point below 0x40000, made once; a search beyond.
-class Kinds {
+// Every code point below 0x40000 is looked up in a table that is made once; those beyond are searched for.
+class Characters {
  public:
-  static const Kinds& table() {
-    static const Kinds kinds;
-    return kinds;
+  static const Characters& table() {
+    static const Characters characters;
+    return characters;
   }
 
-  Kind operator()(char32_t point) const {
-    return point < near_.size() ? static_cast<Kind>(near_[point]) : category(point);
-  }
+  Character operator()(char32_t point) const { return point < near_.size() ? near_[point] : category(point); }
 
  private:
-  Kinds() : near_(0x40000) {
+  Characters() : near_(0x40000) {
     const std::uint32_t* next = kCategoryStarts;
-    std::uint8_t now = 0;
+    Character now;
     for (std::uint32_t point = 0; point < near_.size(); ++point) {
-      if (next != std::end(kCategoryStarts) && *next >> 3 == point) now = *next++ & 7;
+      if (next != std::end(kCategoryStarts) && *next >> 3 == point) now = Character(static_cast<Kind>(*next++ & 7));
       near_[point] = now;
     }
     for (const KindRange& range : kScripts)
-      for (char32_t point = range.first; point <= range.last; ++point)
-        near_[point] = static_cast<std::uint8_t>(range.kind);
+      for (char32_t point = range.first; point <= range.last; ++point) near_[point] = Character(range.kind);
+    give(U".!?\u3002\uff0e\uff01\uff1f\uff61", Character::kStop);
+    give(U"\"')]}\u00bb\u2019\u201d\u300d\u300f\u3011\u3015\u3009\u300b\uff09\uff3d\uff63", Character::kCloser);
+    give(U"\u2022\u2023\u25e6\u25cf\u25cb\u25a0\u25a1\u25aa\u25c6\u25b6\u30fb\uff65", Character::kBullet);
   }
 
-  static Kind category(char32_t point) {
+  void give(std::u32string_view points, Character::Role role) {
+    for (const char32_t point : points) near_[point] = near_[point].with(role);
+  }
+
+  static Character category(char32_t point) {
     const auto* after = std::upper_bound(std::begin(kCategoryStarts), std::end(kCategoryStarts), point << 3 | 7);
-    return static_cast<Kind>(*(after - 1) & 7);
+    return Character(static_cast<Kind>(*(after - 1) & 7));
   }
 
-  std::vector<std::uint8_t> near_;
+  std::vector<Character> near_;
 };
 
 }  // namespace cpt

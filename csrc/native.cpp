@@ -7,4 +7,5 @@ PYBIND11_MODULE(_native, module) {
   bind_order(module);
   bind_packing(module);
   bind_minhash(module);
+  bind_text(module);
 }

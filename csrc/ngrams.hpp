@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 namespace cpt {
@@ -15,14 +14,14 @@ class KeyCounter {
   void reset(std::size_t most_keys) {
     bits_ = 4;
     while ((std::size_t{1} << bits_) < 2 * most_keys) ++bits_;
-    slots_.assign(std::size_t{1} << bits_, Slot{kNone, 0});
+    slots_.assign(std::size_t{1} << bits_, Slot{0, 0});
   }
 
-  // Counts `key` (any but ~0) and returns its slot.
+  // Counts `key` and returns its slot.
   std::uint32_t add(std::uint64_t key) {
     const std::size_t mask = slots_.size() - 1;
     std::size_t at = ((key ^ (key >> 31)) * 0x9e3779b97f4a7c15ULL) >> (64 - bits_);
-    while (slots_[at].key != key && slots_[at].key != kNone) at = (at + 1) & mask;
+    while (slots_[at].key != key && slots_[at].count) at = (at + 1) & mask;
     slots_[at].key = key;
     ++slots_[at].count;
     return static_cast<std::uint32_t>(at);
@@ -31,8 +30,6 @@ class KeyCounter {
   std::uint32_t count(std::uint32_t slot) const { return slots_[slot].count; }
 
  private:
-  static constexpr std::uint64_t kNone = ~std::uint64_t{0};
-
   struct Slot {
     std::uint64_t key;
     std::uint32_t count;
@@ -42,12 +39,13 @@ class KeyCounter {
   unsigned bits_ = 4;
 };
 
-// Walks n = 2, 3, ... over a sequence of symbols below 2^31. An n-gram is named by the name of its first
-// n-1 symbols and the last one, so names are exact; where the first n-1 occur once, so does every longer
-// one that begins there, and the place is left out from then on.
+// Walks n = 2, 3, ... over a sequence of symbols below 2^21 (code points, or numbers of words). An n-gram
+// is named by the slot of its first n-1 symbols and the last one, so names are exact; where the first n-1
+// occur once, so does every longer one that begins there, and the place is left out from then on.
 class NgramWalk {
  public:
-  // Longer sequences are judged by this much of their beginning: it bounds the table at 32 MiB.
+  // Longer sequences are judged by this much of their beginning, so that names have 21 bits, counts 22,
+  // and the table at most 16 MiB.
   static constexpr std::size_t kLongest = std::size_t{1} << 20;
 
   struct Level {
@@ -55,6 +53,11 @@ class NgramWalk {
     std::size_t distinct = 0;  // different ones
     std::size_t repeated = 0;  // different ones that occur more than once
     std::size_t most = 0;      // occurrences of the commonest
+  };
+
+  struct Place {
+    std::uint32_t at;
+    std::uint32_t name;
   };
 
   // Symbols must live as long as the walk.
@@ -74,35 +77,57 @@ class NgramWalk {
     while (!places_.empty() && places_.back().at >= level.total) places_.pop_back();
     level.distinct = level.total - places_.size();  // those left out before occur once
     level.most = level.total ? 1 : 0;
-    counter_.reset(places_.size());
+    clear_table();
     for (Place& place : places_) {
-      const std::uint64_t last = symbols_[place.at + n_ - 1];
-      place.name = counter_.add(std::uint64_t{place.name} << 32 | last);
-      const std::uint32_t count = counter_.count(place.name);
+      place.name = add(std::uint64_t{place.name} << 21 | symbols_[place.at + n_ - 1]);
+      const std::size_t count = this->count(place);
       level.distinct += count == 1;
       level.repeated += count == 2;
-      level.most = std::max<std::size_t>(level.most, count);
+      level.most = std::max(level.most, count);
     }
-    const auto once = [this](const Place& place) { return counter_.count(place.name) < 2; };
-    places_.erase(std::remove_if(places_.begin(), places_.end(), once), places_.end());
+    keep_repeats();
     return level;
   }
 
-  struct Place {
-    std::uint32_t at;
-    std::uint32_t name;
-  };
-
   const std::vector<Place>& repeats() const { return places_; }
-  std::uint32_t count(const Place& place) const { return counter_.count(place.name); }
+  std::size_t count(const Place& place) const { return slots_[place.name] & kCountMask; }
   std::size_t n() const { return n_; }
 
  private:
+  // A slot is key << kCountBits | count: 42 bits and 22.
+  static constexpr unsigned kCountBits = 22;
+  static constexpr std::uint64_t kCountMask = (std::uint64_t{1} << kCountBits) - 1;
+
+  void clear_table() {
+    bits_ = 4;
+    while ((std::size_t{1} << bits_) < 2 * places_.size()) ++bits_;
+    slots_.assign(std::size_t{1} << bits_, 0);
+  }
+
+  std::uint32_t add(std::uint64_t key) {
+    const std::size_t mask = slots_.size() - 1;
+    std::size_t at = ((key ^ key >> 21) * 0x9e3779b97f4a7c15ULL) >> (64 - bits_);
+    while (slots_[at] != 0 && slots_[at] >> kCountBits != key) at = (at + 1) & mask;
+    slots_[at] = (slots_[at] ? slots_[at] : key << kCountBits) + 1;
+    return static_cast<std::uint32_t>(at);
+  }
+
+  void keep_repeats() {  // without a branch: which place repeats cannot be guessed
+    std::size_t kept = 0;
+    for (std::size_t k = 0; k < places_.size(); ++k) {
+      const Place place = places_[k];
+      places_[kept] = place;
+      kept += count(place) > 1;
+    }
+    places_.resize(kept);
+  }
+
   const std::uint32_t* symbols_ = nullptr;
   std::size_t size_ = 0;
   std::size_t n_ = 1;
   std::vector<Place> places_;
-  KeyCounter counter_;
+  std::vector<std::uint64_t> slots_;
+  unsigned bits_ = 4;
 };
 
 }  // namespace cpt
