@@ -40,7 +40,7 @@ def script(c: str) -> str:
         return "loose"
     if name.startswith(("HANGUL CHOSEONG", "HANGUL JUNGSEONG", "HANGUL JONGSEONG")):
         return "conjoining"
-    latin = name.startswith(("LATIN", "FULLWIDTH LATIN")) and (point < 0x250 or 0x1E00 <= point)
+    latin = name.startswith(("LATIN", "FULLWIDTH LATIN")) and (point < 0x250 or point >= 0x1E00)
     if latin or name in ("FEMININE ORDINAL INDICATOR", "MASCULINE ORDINAL INDICATOR"):
         return "latin"
     if is_white(c):
