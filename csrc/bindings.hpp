@@ -8,3 +8,4 @@ void bind_order(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
 void bind_minhash(pybind11::module_& module);
 void bind_text(pybind11::module_& module);
+void bind_encoder(pybind11::module_& module);

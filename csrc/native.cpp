@@ -8,4 +8,5 @@ PYBIND11_MODULE(_native, module) {
   bind_packing(module);
   bind_minhash(module);
   bind_text(module);
+  bind_encoder(module);
 }

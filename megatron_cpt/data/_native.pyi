@@ -108,3 +108,19 @@ class Components:
 
 def text_metrics(block: Block, stop_words: list[str] = ...) -> dict[str, npt.NDArray[np.float64]]: ...
 def metric_names() -> list[str]: ...
+# Texts to ids (csrc/bind_encoder.cpp)
+
+class BpeEncoder:
+    def __init__(
+        self,
+        pieces: list[tuple[bytes, float, int]],
+        byte_fallback: bool,
+        charsmap: bytes,
+        add_dummy_prefix: bool,
+        remove_extra_whitespaces: bool,
+        escape_whitespaces: bool,
+        whitespace_as_suffix: bool,
+    ) -> None: ...
+    def encode(
+        self, block: Block, before: int, after: int, wide: bool
+    ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.int32], npt.NDArray[np.int32], int, int]: ...

@@ -58,12 +58,17 @@ class TrainingRules:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """What a model does to a text before it is cut."""
+    """What a model does to a text before it is cut; `charsmap` is its compiled table of replacements."""
 
-    identity: bool = True
+    charsmap: bytes = b""
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = True
     escape_whitespaces: bool = True
+
+    @property
+    def identity(self) -> bool:
+        """Whether no character is replaced."""
+        return not self.charsmap
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def parse_model(data: bytes, name: str = "the model") -> ModelFile:
             rules |= {key: _as_int(spec[number]) for number, key in _RULE_FIELDS.items() if number in spec}
         elif field == 3:
             spec = dict(_fields(_as_bytes(record)))
-            normalizer["identity"] = not spec.get(2)  # field 2 is the compiled table of replacements
+            normalizer |= {"charsmap": _as_bytes(spec[2])} if 2 in spec else {}
             normalizer |= {key: bool(spec[number]) for number, key in _NORMALIZER_FIELDS.items() if number in spec}
     if not pieces:
         raise TokenizerError(f"{name} holds no piece: it is not a SentencePiece model, or it was cut short")

@@ -1,0 +1,312 @@
+#include "bpe.hpp"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+
+#include "utf8.hpp"
+
+namespace cpt {
+
+namespace {
+
+constexpr std::size_t kPadding = 16;  // readable bytes behind a text
+constexpr std::size_t kShortPart = 48;  // symbols: above, a heap is faster than looking through them all
+
+bool is_letter(char byte) { return static_cast<unsigned char>((byte | 0x20) - 'a') < 26; }
+
+// Letters from `at` on: reads whole words of 8 bytes.
+std::size_t letters(const char* at) {
+  std::size_t count = 0;
+  for (;; count += 8) {
+    const std::uint64_t bytes = utf8::load8(at + count);
+    const std::uint64_t lower = (bytes | 0x2020202020202020u) & ~utf8::kHighBits;
+    const std::uint64_t from_a = lower + 0x1f1f1f1f1f1f1f1fu;   // high bit: at least 'a'
+    const std::uint64_t after_z = lower + 0x0505050505050505u;  // high bit: above 'z'
+    const std::uint64_t others = ~(from_a & ~after_z & ~bytes) & utf8::kHighBits;
+    if (others) return count + static_cast<std::size_t>(__builtin_ctzll(others)) / 8;
+  }
+}
+
+// Encodes the text of one document behind what is in `out`.
+template <class Token>
+class Run {
+ public:
+  Run(const BpeTables& tables, BpeScratch& scratch, Encoded<Token>& out) : tables_(tables), scratch_(scratch), out_(out) {}
+
+  void encode(const char* at, const char* end) {
+    while (at < end) {
+      const char* const start = at;
+      if (static_cast<unsigned char>(*at) < 0x80 && (at = ascii_part(start, end)) != nullptr) {
+        word(start, static_cast<std::size_t>(at - start));
+      } else {
+        at = part(start, end);
+      }
+    }
+  }
+
+ private:
+  // End of the part that begins at `at`, or null where it holds more than ASCII. Letters are never cut
+  // from letters nor from a space before them: a cut is a right, not a duty.
+  const char* ascii_part(const char* at, const char* end) const {
+    ++at;
+    while (true) {
+      if (at[-1] == ' ' || is_letter(at[-1])) at += letters(at);
+      if (at >= end) return end;
+      const auto next = static_cast<unsigned char>(*at);
+      if (next >= 0x80) return joins_behind(static_cast<unsigned char>(at[-1]), at) ? nullptr : at;
+      if (!tables_.ascii_joins(static_cast<unsigned char>(at[-1]), next)) return at;
+      ++at;
+    }
+  }
+
+  bool joins_behind(unsigned char left, const char* at) const {
+    const Symbol a = tables_.character(left);
+    const Symbol b = tables_.character(utf8::decode(at));
+    return a != kNoSymbol && b != kNoSymbol && tables_.joins(a, b);
+  }
+
+  void word(const char* at, std::size_t bytes) {
+    if (bytes > WordKey::kMaxBytes) {
+      parts(at, at + bytes);
+      return;
+    }
+    const WordKey key = WordKey::of(at, bytes);
+    if (const Word* known = scratch_.cache.find(key)) {
+      for (std::size_t k = 0; k < known->count; ++k) out_.tokens.push_back(static_cast<Token>(known->tokens[k]));
+      out_.byte_tokens += known->byte_tokens;
+      return;
+    }
+    const std::size_t before = out_.tokens.size();
+    const std::int64_t bytes_before = out_.byte_tokens;
+    parts(at, at + bytes);
+    const std::size_t count = out_.tokens.size() - before;
+    if (count > Word::kMaxTokens) return;
+    Word fresh{key, {}, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(out_.byte_tokens - bytes_before)};
+    for (std::size_t k = 0; k < count; ++k) fresh.tokens[k] = static_cast<std::uint32_t>(out_.tokens[before + k]);
+    scratch_.cache.put(fresh);
+  }
+
+  void parts(const char* at, const char* end) {
+    while (at < end) at = part(at, end);
+  }
+
+  // Merges and writes the part that begins at `at`; returns its end.
+  const char* part(const char* at, const char* end) {
+    std::vector<Symbol>& symbols = scratch_.symbols;
+    symbols.clear();
+    const char* start = at;
+    Symbol symbol = tables_.character(utf8::decode(at));
+    if (symbol == kNoSymbol) {
+      spell(start, at);
+      return at;
+    }
+    symbols.push_back(symbol);
+    while (at < end) {
+      const char* next = at;
+      const Symbol right = tables_.character(utf8::decode(next));
+      if (right == kNoSymbol || !tables_.joins(symbol, right)) break;
+      symbols.push_back(right);
+      symbol = right;
+      at = next;
+    }
+    if (symbols.size() == 1) {
+      write(symbol);
+    } else if (symbols.size() <= kShortPart) {
+      merge_short(symbols.data(), symbols.size());
+    } else {
+      merge_long(symbols);
+    }
+    return at;
+  }
+
+  void merge_short(Symbol* symbols, std::size_t count) {
+    Symbol pairs[kShortPart];
+    for (std::size_t k = 0; k + 1 < count; ++k) pairs[k] = tables_.merged(symbols[k], symbols[k + 1]);
+    while (count > 1) {
+      std::size_t best = 0;
+      std::uint32_t best_rank = rank(pairs[0]);
+      for (std::size_t k = 1; k + 1 < count; ++k) {
+        const std::uint32_t other = rank(pairs[k]);
+        if (other < best_rank) {
+          best_rank = other;
+          best = k;
+        }
+      }
+      if (best_rank == kNoSymbol) break;
+      symbols[best] = pairs[best];
+      --count;
+      for (std::size_t k = best + 1; k < count; ++k) {
+        symbols[k] = symbols[k + 1];
+        pairs[k - 1] = pairs[k];
+      }
+      if (best + 1 < count) pairs[best] = tables_.merged(symbols[best], symbols[best + 1]);
+      if (best > 0) pairs[best - 1] = tables_.merged(symbols[best - 1], symbols[best]);
+    }
+    for (std::size_t k = 0; k < count; ++k) write(symbols[k]);
+  }
+
+  std::uint32_t rank(Symbol pair) const { return pair == kNoSymbol ? kNoSymbol : tables_.rank(pair); }
+
+  // The same with a heap of (rank, place); an entry whose pair has changed since is passed over.
+  void merge_long(std::vector<Symbol>& symbols) {
+    const std::size_t count = symbols.size();
+    if (count >= std::numeric_limits<std::uint32_t>::max()) throw std::length_error("a word of more than 2^32 characters");
+    std::vector<Symbol>& pairs = scratch_.pairs;
+    std::vector<std::uint32_t>& next = scratch_.next;
+    std::vector<std::uint32_t>& previous = scratch_.previous;
+    std::vector<std::uint64_t>& heap = scratch_.heap;
+    pairs.assign(count, kNoSymbol);
+    next.resize(count);
+    previous.resize(count);
+    heap.clear();
+    for (std::size_t k = 0; k < count; ++k) {
+      next[k] = static_cast<std::uint32_t>(k + 1);
+      previous[k] = static_cast<std::uint32_t>(k) - 1;
+      if (k + 1 == count) break;
+      pairs[k] = tables_.merged(symbols[k], symbols[k + 1]);
+      if (pairs[k] != kNoSymbol) heap.push_back((std::uint64_t{rank(pairs[k])} << 32) | k);
+    }
+    std::make_heap(heap.begin(), heap.end(), std::greater<>());
+    const auto pair_up = [&](std::size_t left) {
+      pairs[left] = next[left] < count ? tables_.merged(symbols[left], symbols[next[left]]) : kNoSymbol;
+      if (pairs[left] == kNoSymbol) return;
+      heap.push_back((std::uint64_t{rank(pairs[left])} << 32) | left);
+      std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    };
+    while (!heap.empty()) {
+      const std::uint64_t top = heap.front();
+      std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+      heap.pop_back();
+      const std::size_t left = top & 0xffffffffu;
+      if (rank(pairs[left]) != top >> 32) continue;
+      const std::size_t right = next[left];
+      symbols[left] = pairs[left];
+      pairs[right] = kNoSymbol;
+      next[left] = next[right];
+      if (next[left] < count) previous[next[left]] = static_cast<std::uint32_t>(left);
+      pair_up(left);
+      if (left > 0) pair_up(previous[left]);
+    }
+    for (std::size_t k = 0; k < count; k = next[k]) write(symbols[k]);
+  }
+
+  void write(Symbol symbol) {
+    const std::uint32_t token = tables_.token(symbol);
+    if (token != kNoSymbol) {
+      out_.tokens.push_back(static_cast<Token>(token));
+      return;
+    }
+    for (const std::uint32_t id : tables_.tokens(symbol)) out_.tokens.push_back(static_cast<Token>(id));
+    out_.byte_tokens += tables_.bytes_among(symbol);
+  }
+
+  // A character that no piece holds.
+  void spell(const char* at, const char* end) {
+    if (!tables_.byte_fallback()) {
+      out_.tokens.push_back(static_cast<Token>(tables_.unknown()));
+      return;
+    }
+    out_.byte_tokens += end - at;
+    for (; at < end; ++at) out_.tokens.push_back(static_cast<Token>(tables_.byte_token(static_cast<unsigned char>(*at))));
+  }
+
+  const BpeTables& tables_;
+  BpeScratch& scratch_;
+  Encoded<Token>& out_;
+};
+
+// The text between user-defined symbols is merged on its own; they are taken first, the longest wherever one begins.
+template <class Token>
+void encode_around(const PrefixSet& symbols, std::string_view text, Run<Token>& run, Encoded<Token>& out) {
+  std::size_t start = 0;
+  std::size_t at = 0;
+  while (at < text.size()) {
+    const auto match = symbols.begins(text[at]) ? symbols.match(text.substr(at)) : PrefixSet::Match{};
+    if (match.length == 0) {
+      at += utf8::length(text[at]);
+      continue;
+    }
+    run.encode(text.data() + start, text.data() + at);
+    out.tokens.push_back(static_cast<Token>(match.value));
+    start = at += match.length;
+  }
+  run.encode(text.data() + start, text.data() + text.size());
+}
+
+// Without byte fallback a run of unknown characters is one token. Counts what stays.
+template <class Token>
+void join_unknown(Encoded<Token>& out, std::size_t first, std::uint32_t unknown_id) {
+  const auto unknown = static_cast<Token>(unknown_id);
+  const auto begin = out.tokens.begin() + static_cast<std::ptrdiff_t>(first);
+  const auto both = [unknown](Token a, Token b) { return a == unknown && b == unknown; };
+  out.tokens.erase(std::unique(begin, out.tokens.end(), both), out.tokens.end());
+  out.unknown_tokens += std::count(out.tokens.begin() + static_cast<std::ptrdiff_t>(first), out.tokens.end(), unknown);
+}
+
+}  // namespace
+
+BpeEncoder::BpeEncoder(const std::vector<Piece>& pieces, bool byte_fallback, const NormalizerSettings& settings)
+    : tables_(pieces, byte_fallback, settings.escape_whitespaces), normalizer_(settings, [&] {
+        std::vector<std::string> texts;
+        for (const Piece& piece : pieces) {
+          if (piece.type == PieceType::kUserDefined) texts.push_back(piece.text);
+        }
+        return texts;
+      }()) {}
+
+template <class Token>
+Encoded<Token> BpeEncoder::encode(const Block& block, Borders borders) const {
+  if (tables_.vocab_size() > std::size_t{std::numeric_limits<Token>::max()} + 1) {
+    throw std::invalid_argument("the ids of this vocabulary do not fit the type of the tokens");
+  }
+  Encoded<Token> out;
+  out.lengths.reserve(block.size());
+  out.tokens.reserve(block.text.size() / 2);
+  std::unique_ptr<BpeScratch> scratch = take_scratch();
+  Run<Token> run(tables_, *scratch, out);
+  for (std::size_t k = 0; k < block.size(); ++k) {
+    const std::size_t before = out.tokens.size();
+    if (borders.before >= 0) out.tokens.push_back(static_cast<Token>(borders.before));
+    const std::size_t first = out.tokens.size();
+    normalizer_(block.document(k), scratch->text);
+    const std::size_t bytes = scratch->text.size();
+    scratch->text.append(kPadding, '\0');
+    const std::string_view text(scratch->text.data(), bytes);
+    if (tables_.user_defined().empty()) {
+      run.encode(text.data(), text.data() + bytes);
+    } else {
+      encode_around(tables_.user_defined(), text, run, out);
+    }
+    if (!tables_.byte_fallback()) join_unknown(out, first, tables_.unknown());
+    if (out.tokens.size() == first) {
+      out.tokens.resize(before);
+    } else if (borders.after >= 0) {
+      out.tokens.push_back(static_cast<Token>(borders.after));
+    }
+    const std::size_t length = out.tokens.size() - before;
+    if (length > std::size_t{std::numeric_limits<std::int32_t>::max()}) throw std::length_error("a document of more than 2^31 tokens");
+    out.lengths.push_back(static_cast<std::int32_t>(length));
+  }
+  give_back(std::move(scratch));
+  return out;
+}
+
+std::unique_ptr<BpeScratch> BpeEncoder::take_scratch() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (idle_.empty()) return std::make_unique<BpeScratch>();
+  std::unique_ptr<BpeScratch> scratch = std::move(idle_.back());
+  idle_.pop_back();
+  return scratch;
+}
+
+void BpeEncoder::give_back(std::unique_ptr<BpeScratch> scratch) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(scratch));
+}
+
+template Encoded<std::uint16_t> BpeEncoder::encode(const Block&, Borders) const;
+template Encoded<std::int32_t> BpeEncoder::encode(const Block&, Borders) const;
+
+}  // namespace cpt

@@ -1,0 +1,79 @@
+// Tokens of short stretches of text that were met before.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace cpt {
+
+// A stretch of at most 15 bytes, and its length, in two words.
+struct WordKey {
+  static constexpr std::size_t kMaxBytes = 15;
+
+  // Reads 16 bytes from `text`, whatever `bytes` is.
+  static WordKey of(const char* text, std::size_t bytes) {
+    static constexpr auto kMasks = [] {
+      std::array<std::array<std::uint64_t, 2>, kMaxBytes + 1> masks{};
+      for (std::size_t k = 0; k <= kMaxBytes; ++k) {
+        masks[k][0] = k >= 8 ? ~std::uint64_t{0} : (std::uint64_t{1} << (8 * k)) - 1;
+        masks[k][1] = k <= 8 ? 0 : (std::uint64_t{1} << (8 * (k - 8))) - 1;
+      }
+      return masks;
+    }();
+    WordKey key;
+    std::memcpy(&key.low, text, 8);
+    std::memcpy(&key.high, text + 8, 8);
+    key.low &= kMasks[bytes][0];
+    key.high = (key.high & kMasks[bytes][1]) | (std::uint64_t{bytes} << 56);
+    return key;
+  }
+
+  bool operator==(const WordKey& other) const { return low == other.low && high == other.high; }
+
+  std::uint64_t low;
+  std::uint64_t high;
+};
+
+struct Word {
+  static constexpr std::size_t kMaxTokens = 3;
+
+  WordKey key;
+  std::array<std::uint32_t, kMaxTokens> tokens;
+  std::uint16_t count;
+  std::uint16_t byte_tokens;
+};
+
+// Buckets of two words; a new word takes the place of the older one. Its size never changes.
+class WordCache {
+ public:
+  static constexpr unsigned kBucketBits = 15;
+
+  WordCache() : words_(std::size_t{2} << kBucketBits) {}
+
+  const Word* find(const WordKey& key) const {
+    const Word* bucket = &words_[first(key)];
+    if (bucket[0].key == key) return bucket;
+    if (bucket[1].key == key) return bucket + 1;
+    return nullptr;
+  }
+
+  void put(const Word& word) {
+    Word* bucket = &words_[first(word.key)];
+    bucket[1] = bucket[0];
+    bucket[0] = word;
+  }
+
+ private:
+  static std::size_t first(const WordKey& key) {
+    std::uint64_t hash = (key.low ^ (key.high * 0xd6e8feb86659fd93u)) * 0x9e3779b97f4a7c15u;
+    hash = (hash ^ (hash >> 32)) * 0x9e3779b97f4a7c15u;
+    return (hash >> (64 - kBucketBits)) * 2;
+  }
+
+  std::vector<Word> words_;  // a word of length 0 is an empty place: no key equals it
+};
+
+}  // namespace cpt

@@ -1,0 +1,172 @@
+"""Blocks of documents to token ids: exact and fast in C++ for SentencePiece BPE, the libraries for the rest.
+
+An encoder gives the ids the tokenizer's own library gives, or it is a defect: `check_encoder` compares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.data import _native
+from megatron_cpt.errors import DataError, TokenizerError, VerificationError
+from megatron_cpt.tokenizer import Tokenizer
+from megatron_cpt.tokenizer.loading import SentencePieceTokenizer
+from megatron_cpt.tokenizer.model_file import ModelFile, read_model_file
+
+_NONE = -1
+_SHOWN = 8  # ids shown on each side of a difference
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of a block.
+
+    Attributes:
+        tokens: ids of all documents back to back, bos and eos included, of the dtype asked for.
+        lengths: int32, tokens of each document; 0 where its text gives no token (then it has no bos or eos either).
+        byte_tokens: how many of them stand for single bytes of characters the vocabulary lacks.
+        unknown_tokens: how many of them are the unknown id.
+    """
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32]
+    byte_tokens: int
+    unknown_tokens: int
+
+
+class Encoder(ABC):
+    """Encodes blocks; several threads may use one encoder at once, and the ids do not depend on how.
+
+    Attributes:
+        name: what encodes: "native", "sentencepiece" or "tokenizers".
+        reason: why it is not "native"; empty where it is.
+        bos: id put before each document that has tokens, None for none; `eos` behind it.
+    """
+
+    name: str
+    reason: str = ""
+
+    def __init__(self, bos: int | None, eos: int | None, dtype: np.dtype[Any]) -> None:
+        self.bos, self.eos, self._dtype = bos, eos, dtype
+
+    @abstractmethod
+    def encode(self, block: _native.Block) -> Encoded:
+        """Ids of each document of `block`: [bos] + the text's + [eos]. Any cut into blocks gives the same ids."""
+
+
+class _NativeEncoder(Encoder):
+    name = "native"
+
+    def __init__(self, model: ModelFile, bos: int | None, eos: int | None, dtype: np.dtype[Any]) -> None:
+        super().__init__(bos, eos, dtype)
+        self._bpe = _native.BpeEncoder(
+            [(piece.text.encode(), piece.score, int(piece.type)) for piece in model.pieces],
+            byte_fallback=model.rules.byte_fallback,
+            charsmap=model.normalizer.charsmap,
+            add_dummy_prefix=model.normalizer.add_dummy_prefix,
+            remove_extra_whitespaces=model.normalizer.remove_extra_whitespaces,
+            escape_whitespaces=model.normalizer.escape_whitespaces,
+            whitespace_as_suffix=model.rules.treat_whitespace_as_suffix,
+        )
+
+    def encode(self, block: _native.Block) -> Encoded:
+        bos = _NONE if self.bos is None else self.bos
+        eos = _NONE if self.eos is None else self.eos
+        return Encoded(*self._bpe.encode(block, bos, eos, wide=self._dtype == np.int32))
+
+
+class _LibraryEncoder(Encoder):
+    def __init__(
+        self, tokenizer: Tokenizer, bos: int | None, eos: int | None, dtype: np.dtype[Any], name: str, reason: str
+    ) -> None:
+        super().__init__(bos, eos, dtype)
+        self.name, self.reason, self._tokenizer = name, reason, tokenizer
+        self._is_byte = np.array([_is_byte(tokenizer.piece(id)) for id in range(tokenizer.vocab_size)])
+
+    def encode(self, block: _native.Block) -> Encoded:
+        head = [] if self.bos is None else [self.bos]
+        tail = [] if self.eos is None else [self.eos]
+        texts = self._tokenizer.encode_batch(block.texts())
+        plain = np.array([id for ids in texts for id in ids], self._dtype)
+        full = [head + ids + tail if ids else [] for ids in texts]
+        return Encoded(
+            np.array([id for ids in full for id in ids], self._dtype),
+            np.array([len(ids) for ids in full], np.int32),
+            int(np.count_nonzero(self._is_byte[plain])),
+            0 if self._tokenizer.unk_id is None else int(np.count_nonzero(plain == self._tokenizer.unk_id)),
+        )
+
+
+def open_encoder(tokenizer: Tokenizer, append_bos: bool, append_eos: bool, dtype: np.dtype[Any]) -> Encoder:
+    """The fastest exact encoder there is for a tokenizer.
+
+    Args:
+        tokenizer: as `load_tokenizer` gives it.
+        append_bos: begin each document that has tokens with the tokenizer's bos.
+        append_eos: end it with its eos.
+        dtype: of the tokens: uint16 or int32.
+
+    Raises:
+        DataError: the tokenizer has no bos or eos to append, its ids do not fit `dtype`, or its file was changed.
+    """
+    dtype = np.dtype(dtype)
+    if dtype not in (np.uint16, np.int32):
+        raise DataError(f"tokens of type {dtype}: expected uint16 or int32")
+    if tokenizer.vocab_size > np.iinfo(dtype).max + 1:
+        raise DataError(f"{tokenizer.vocab_size} ids of {tokenizer.path} do not fit {dtype}: use int32")
+    bos = _border(tokenizer, "bos", tokenizer.bos_id) if append_bos else None
+    eos = _border(tokenizer, "eos", tokenizer.eos_id) if append_eos else None
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return _LibraryEncoder(tokenizer, bos, eos, dtype, "tokenizers", "not a SentencePiece model")
+    try:
+        model = read_model_file(tokenizer.path)
+        if hashlib.sha256(model.data).hexdigest() != tokenizer.sha256:
+            raise DataError(f"{tokenizer.path} was changed while it was in use: load it again")
+        return _NativeEncoder(model, bos, eos, dtype)
+    except (TokenizerError, ValueError) as caught:
+        return _LibraryEncoder(tokenizer, bos, eos, dtype, "sentencepiece", str(caught))
+
+
+def check_encoder(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Compare an encoder's ids with those of the tokenizer's own library.
+
+    Args:
+        encoder: opened for `tokenizer`, with or without bos and eos.
+        texts: what to compare; numbered from 0 in the error.
+
+    Raises:
+        VerificationError: the ids of a text differ; the message names it and shows the ids around the first difference.
+    """
+    found = encoder.encode(_native.Block.from_texts(list(texts)))
+    ends = np.cumsum(found.lengths, dtype=np.int64)
+    for number, expected in enumerate(tokenizer.encode_batch(list(texts))):
+        ids = found.tokens[ends[number] - found.lengths[number] : ends[number]].tolist()
+        ids = ids[encoder.bos is not None : len(ids) - (encoder.eos is not None)] if ids else ids
+        if ids != expected:
+            at = next((k for k, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), None)
+            at = min(len(ids), len(expected)) if at is None else at
+            around = slice(max(0, at - _SHOWN), at + _SHOWN)
+            raise VerificationError(
+                f"text {number} ({texts[number][:40]!r}...): the {encoder.name} encoder gives {ids[around]} around token"
+                f" {at}, {tokenizer.path} gives {expected[around]}; this is a defect of the encoder: report it with the text"
+            )
+
+
+def _border(tokenizer: Tokenizer, name: str, id: int | None) -> int:
+    if id is None:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has no {name} piece: build without {name} or use another tokenizer"
+        )
+    return id
+
+
+def _is_byte(piece: str) -> bool:
+    return re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
