@@ -15,7 +15,7 @@ from megatron_cpt.tokenizer import load_tokenizer
 
 def test_ids_of_a_block(tokenizer: Path, documents: list[Document]) -> None:
     loaded = load_tokenizer(tokenizer)
-    texts = [document.text for document in documents]
+    texts = [document.text for document in documents] + ["a parrot: \U0001f99c"]
     encoder = open_encoder(loaded, append_bos=True, append_eos=True, dtype=np.dtype(np.uint16))
     assert (encoder.name, encoder.reason) == ("native", "")
     encoded = encoder.encode(_native.Block.from_texts(texts))
@@ -45,12 +45,15 @@ def test_a_text_without_tokens_has_no_borders(tokenizer: Path) -> None:
     assert encoded.lengths[1] == len(encoded.tokens) >= 3
 
 
-def test_a_difference_is_refused(tokenizer: Path) -> None:
+def test_a_difference_is_refused(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_tokenizer(tokenizer)
     encoder = open_encoder(loaded, append_bos=True, append_eos=False, dtype=np.dtype(np.uint16))
-    loaded.processor.set_vocabulary([])  # type: ignore[attr-defined]
-    with pytest.raises(VerificationError, match="text 1 "):
-        check_encoder(encoder, loaded, ["", "the old river"])
+    texts = ["", "a", "the old river"]
+    expected = loaded.encode_batch(texts)
+    changed = [expected[0], expected[1], [*expected[2][:-1], 0]]
+    monkeypatch.setattr(loaded, "encode_batch", lambda texts: changed)
+    with pytest.raises(VerificationError, match=f"text 2 .*around token {len(expected[2]) - 1}"):
+        check_encoder(encoder, loaded, texts)
 
 
 def test_wrong_types_and_missing_pieces_are_refused(tokenizer: Path) -> None:
