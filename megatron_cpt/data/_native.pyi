@@ -108,6 +108,7 @@ class Components:
 
 def text_metrics(block: Block, stop_words: list[str] = ...) -> dict[str, npt.NDArray[np.float64]]: ...
 def metric_names() -> list[str]: ...
+
 # Texts to ids (csrc/bind_encoder.cpp)
 
 class BpeEncoder:

@@ -155,8 +155,8 @@ def check_encoder(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) 
             at = min(len(ids), len(expected)) if at is None else at
             around = slice(max(0, at - _SHOWN), at + _SHOWN)
             raise VerificationError(
-                f"text {number} ({texts[number][:40]!r}): around token {at} the {encoder.name} encoder gives {ids[around]}"
-                f" and {tokenizer.path} gives {expected[around]}; this is a defect: report it with the text"
+                f"text {number} ({texts[number][:40]!r}): around token {at} the {encoder.name} encoder gives"
+                f" {ids[around]} and {tokenizer.path} {expected[around]}; this is a defect: report it with the text"
             )
 
 
