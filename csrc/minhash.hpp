@@ -9,6 +9,7 @@
 // document of some thousand characters, where full permutations cost `places` hashes a shingle.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -66,112 +67,167 @@ class MinHasher {
     for (std::size_t k = 0; k < shingle; ++k) leave_ *= base_;
     for (std::size_t round = 0; round < 2 * places; ++round) keys_.push_back(derive(seed, round + 1));
     taken_.resize(places);
-    ring_.resize(shingle);
+    characters_.resize(shingle + kCharactersAtOnce);
   }
 
   // Fills out[0..places-1].
   void sign(std::string_view text, std::uint32_t* out) {
     taken_.assign(places_, kOpen);
     text = without_end_space(text);
+    const Round first(*this, 0);
     bool any = false;
-    each_shingle(text, [&](std::uint64_t shingle) {
+    each_shingle(text, [&any, first](std::uint64_t shingle) {
       any = true;
-      put(shingle, 0);
+      first.put(shingle);
     });
-    std::size_t open = 0;
-    for (const std::uint64_t place : taken_) open += place == kOpen;
+    const auto open = static_cast<std::size_t>(std::count(taken_.begin(), taken_.end(), kOpen));
     if (any && open) fill_open(text, open);
     for (std::size_t k = 0; k < places_; ++k) out[k] = static_cast<std::uint32_t>(taken_[k]);
   }
 
  private:
   static constexpr std::uint64_t kOpen = ~std::uint64_t{0};
+  static constexpr std::size_t kCharactersAtOnce = 4096;
+  static constexpr std::uint64_t kEach = 0x0101010101010101u;
 
-  // Offers a shingle to its place of this round; whether the place was open. Values are compared below their round.
-  bool put(std::uint64_t shingle, std::uint64_t round) {
-    const std::uint64_t hash = hash_of(shingle, round);
-    std::uint64_t& place = taken_[(hash >> 32) * places_ >> 32];
-    const std::uint64_t value = round << 32 | (hash & 0xFFFFFFFF);
-    const bool was_open = place == kOpen;
-    if (value < place) place = value;
-    return was_open;
-  }
+  // One round over shingles. A copy of what it needs, so that the compiler may hold it in registers.
+  class Round {
+   public:
+    Round(MinHasher& hasher, std::uint64_t number)
+        : taken_(hasher.taken_.data()), places_(hasher.places_), key_(hasher.keys_[number]), number_(number << 32) {}
 
-  std::uint64_t hash_of(std::uint64_t shingle, std::uint64_t round) const {
-    std::uint64_t hash = (shingle + keys_[round]) * 0x9fb21c651e98df25u;
-    hash = (hash ^ hash >> 32) * 0xd6e8feb86659fd93u;
-    return hash ^ hash >> 32;
-  }
+    // The value of a shingle in the lower half, its place from the upper.
+    std::uint64_t hash(std::uint64_t shingle) const {
+      std::uint64_t hash = (shingle + key_) * 0x9fb21c651e98df25u;
+      hash = (hash ^ hash >> 32) * 0xd6e8feb86659fd93u;
+      return hash ^ hash >> 32;
+    }
+
+    // Offers a shingle to its place; whether the place was open. A value counts after the round it is of.
+    bool put(std::uint64_t shingle) const {
+      const std::uint64_t hashed = hash(shingle);
+      std::uint64_t& place = taken_[(hashed >> 32) * places_ >> 32];
+      const std::uint64_t before = place;
+      place = std::min(before, number_ | (hashed & 0xFFFFFFFF));
+      return before == kOpen;
+    }
+
+   private:
+    std::uint64_t* taken_;
+    std::uint64_t places_, key_, number_;
+  };
 
   // The rounds after the first, over distinct shingles: a text that repeats itself costs no more than a short one.
   void fill_open(std::string_view text, std::size_t open) {
     collect(text);
-    for (std::uint64_t round = 1; open && round < places_; ++round) {
-      for (const std::uint64_t shingle : distinct_) open -= put(shingle, round);
+    for (std::uint64_t number = 1; open && number < places_; ++number) {
+      const Round round(*this, number);
+      for (const std::uint64_t shingle : distinct_) open -= round.put(shingle);
     }
     for (std::size_t k = 0; open && k < places_; ++k) {
       if (taken_[k] != kOpen) continue;
-      for (const std::uint64_t shingle : distinct_) {
-        const std::uint64_t value = hash_of(shingle, places_ + k) & 0xFFFFFFFF;
-        if (value < taken_[k]) taken_[k] = value;
-      }
+      const Round round(*this, places_ + k);
+      for (const std::uint64_t shingle : distinct_) taken_[k] = std::min(taken_[k], round.hash(shingle) & 0xFFFFFFFF);
     }
   }
 
   // Calls take(hash of 64 bits) for every shingle: a polynomial in the characters, rolled along the text.
   template <typename Take>
   void each_shingle(std::string_view text, Take take) {
+    const std::uint64_t base = base_, leave = leave_;
+    const std::size_t size = shingle_;
+    std::uint32_t* const leaving = characters_.data();  // `size` characters behind `entering`, zeros at first
+    std::uint32_t* const entering = leaving + size;
+    std::fill(leaving, entering, 0);
     std::uint64_t rolled = 0;
-    std::size_t seen = 0, oldest = 0;
+    std::size_t early = size - 1;  // characters that complete no shingle
     bool after_space = true;
-    ring_.assign(shingle_, 0);
     const char* at = text.data();
     const char* const end = at + text.size();
     while (at < end) {
-      char32_t code = utf8::decode(at);
-      const bool space = utf8::is_space(code);
-      if (space && after_space) continue;
-      after_space = space;
-      if (space) code = ' ';
-      rolled = rolled * base_ + (code + 1 - leave_ * ring_[oldest]);
-      ring_[oldest] = code + 1;
-      oldest = oldest + 1 == shingle_ ? 0 : oldest + 1;
-      if (++seen >= shingle_) take(rolled);
+      const std::size_t count = next_characters(at, end, after_space, entering);
+      std::size_t k = 0;
+      for (; k < count && early; ++k, --early) rolled = rolled * base + entering[k];
+      for (; k < count; ++k) {
+        rolled = rolled * base + (entering[k] - leave * leaving[k]);
+        take(rolled);
+      }
+      std::copy(leaving + count, leaving + count + size, leaving);
     }
-    if (seen && seen < shingle_) take(rolled);
+    if (early && early + 1 < size) take(rolled);  // the whole text is one shingle
+  }
+
+  // Writes characters, each plus 1, a run of white space as one space; returns their number, at most
+  // kCharactersAtOnce. Eight ASCII characters without a run at once: no processor foresees where words end.
+  static std::size_t next_characters(const char*& at, const char* end, bool& after_space, std::uint32_t* out) {
+    std::size_t count = 0;
+    while (at < end && count <= kCharactersAtOnce - 8) {
+      if (end - at >= 8) {
+        const std::uint64_t bytes = utf8::load8(at);
+        const std::uint64_t spaces = spaces_of(bytes);
+        if (!((bytes & utf8::kHighBits) | (spaces & (spaces << 8 | std::uint64_t{after_space} << 7)))) {
+          const std::uint64_t whole = (spaces >> 7) * 0xFF;
+          const std::uint64_t plain = ((bytes & ~whole) | (kEach * ' ' & whole)) + kEach;
+          for (int k = 0; k < 8; ++k) out[count + k] = static_cast<std::uint32_t>(plain >> 8 * k & 0xFF);
+          count += 8;
+          at += 8;
+          after_space = spaces >> 63;
+          continue;
+        }
+      }
+      do {
+        const char32_t code = utf8::decode(at);
+        const bool space = utf8::is_space(code);
+        out[count] = (space ? U' ' : code) + 1;
+        count += !(space && after_space);
+        after_space = space;
+      } while (at < end && count < kCharactersAtOnce && static_cast<unsigned char>(*at) >= 0x80);
+    }
+    return count;
+  }
+
+  // The highest bit of each byte that is ASCII white space (9 to 13, 28 to 32), where all eight are ASCII.
+  static std::uint64_t spaces_of(std::uint64_t bytes) {
+    const auto from = [bytes](unsigned low) { return bytes + kEach * (0x80 - low); };
+    return ((from(9) & ~from(14)) | (from(28) & ~from(33))) & utf8::kHighBits;
   }
 
   void collect(std::string_view text) {
     distinct_.clear();
-    std::size_t slots = 1024;
-    table_.assign(slots, 0);
-    each_shingle(text, [&](std::uint64_t shingle) {
+    free_bits_ = 64 - 10;
+    while (free_bits_ > 64 - 13 && slots() < 2 * text.size()) --free_bits_;
+    table_.assign(slots(), 0);
+    each_shingle(text, [this](std::uint64_t shingle) {
       if (!insert(shingle)) return;
       distinct_.push_back(shingle);
-      if (2 * distinct_.size() < slots) return;
-      table_.assign(slots *= 2, 0);
+      if (2 * distinct_.size() < slots()) return;
+      --free_bits_;
+      table_.assign(slots(), 0);
       for (const std::uint64_t known : distinct_) insert(known);
     });
   }
 
+  std::size_t slots() const { return std::size_t{1} << (64 - free_bits_); }
+
   // Whether the shingle is new to the table, in which 0 is a free slot (a shingle of hash 0 counts as 1).
   bool insert(std::uint64_t shingle) {
     const std::uint64_t entry = shingle ? shingle : 1;
-    const std::size_t mask = table_.size() - 1;
-    std::size_t slot = static_cast<std::size_t>(mix(entry)) & mask;
-    while (table_[slot] && table_[slot] != entry) slot = (slot + 1) & mask;
-    if (table_[slot]) return false;
-    table_[slot] = entry;
+    std::uint64_t* const table = table_.data();
+    std::size_t slot = static_cast<std::size_t>(entry * kGolden >> free_bits_);
+    while (table[slot] && table[slot] != entry) slot = (slot + 1) & (table_.size() - 1);
+    if (table[slot]) return false;
+    table[slot] = entry;
     return true;
   }
 
   std::size_t places_, shingle_;
+  int free_bits_ = 0;  // 64 less the bits of a slot's number
   std::uint64_t base_, leave_;
-  std::vector<std::uint64_t> keys_;      // one a round
-  std::vector<std::uint64_t> taken_;     // round and least value of each place, or kOpen
-  std::vector<std::uint64_t> ring_;      // the last `shingle` characters
-  std::vector<std::uint64_t> distinct_;  // shingles of the document, in order of appearance
-  std::vector<std::uint64_t> table_;     // the same, as a hash set
+  std::vector<std::uint64_t> keys_;        // one a round
+  std::vector<std::uint64_t> taken_;       // round and least value of each place, or kOpen
+  std::vector<std::uint32_t> characters_;  // a stretch of the text, and `shingle` characters before it
+  std::vector<std::uint64_t> distinct_;    // shingles of the document, in order of appearance
+  std::vector<std::uint64_t> table_;       // the same, as a hash set
 };
 
 }  // namespace cpt
