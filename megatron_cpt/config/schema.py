@@ -112,6 +112,7 @@ class TrainDataConfig(Section):
 
     train: tuple[DataSource, ...]
     validation: tuple[ValidationSource, ...] = ()
+    loader_workers: NonNegative = 1  # processes of each rank that prepare batches ahead; 0: none
 
 
 class KernelConfig(Section):

@@ -5,6 +5,7 @@ from megatron_cpt.data.build import build_dataset, check_no_dataset, verify_data
 from megatron_cpt.data.describe import describe, describe_document, describe_sample, tokenizer_of
 from megatron_cpt.data.documents import Document, is_held_out, read_documents, split_held_out, work_of
 from megatron_cpt.data.indexed import IndexedDataset
+from megatron_cpt.data.loader import Loader
 from megatron_cpt.data.packing import pack_dataset
 from megatron_cpt.data.sampler import Place, SamplePlan
 from megatron_cpt.data.windows import IGNORED, Sample, Window, Windows, open_windows
@@ -14,6 +15,7 @@ __all__ = [
     "Batch",
     "Document",
     "IndexedDataset",
+    "Loader",
     "Place",
     "Sample",
     "SamplePlan",

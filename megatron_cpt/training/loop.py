@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_cpt.config.manifest import write_json_atomic
 from megatron_cpt.config.schema import TrainConfig
-from megatron_cpt.data import IndexedDataset, batch, open_windows, validation_batch
+from megatron_cpt.data import IndexedDataset, Loader, open_windows, validation_batch
 from megatron_cpt.errors import InputError, TrainingError
 from megatron_cpt.model.llama import build_model, engine_config
 from megatron_cpt.planning.flops import flops_per_token
@@ -29,8 +29,9 @@ from megatron_cpt.training.inputs import Inputs, read_inputs
 from megatron_cpt.training.metrics import MetricsLog
 from megatron_cpt.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megatron_cpt.training.state import load_weights, resume, save_checkpoint
-from megatron_cpt.training.step import MicroBatch, StepSums, logits_at, run_schedule, to_device
+from megatron_cpt.training.step import StepSums, logits_at, run_schedule, to_device
 
+PREFETCH_STEPS = 2  # batches are prepared this many steps ahead
 PROOF_TOKENS = 8192  # at most this much context is proven; the model's full context where it is shorter
 PROOF_POSITIONS = 128  # positions whose logits are kept, evenly spaced, the first and the last included
 
@@ -117,8 +118,10 @@ class Trainer:
             if self.is_main:
                 write_json_atomic(self.output / "job.json", self.facts_of_job)
             log = MetricsLog(self.output, config.train_steps, step) if self.is_main else None
+            ahead = PREFETCH_STEPS * self.micro_batches_per_step
             try:
-                self._train(step, log)
+                with Loader(self.inputs.plan, self._schedule(step), config.data.loader_workers, ahead) as loader:
+                    self._train(step, loader, log)
             finally:
                 if log:
                     log.close()
@@ -140,13 +143,21 @@ class Trainer:
                 raise refusal[0]
             yield
 
-    def _train(self, step: int, log: MetricsLog | None) -> None:
+    def _schedule(self, step: int) -> Iterator[range]:
+        """Samples of each micro-batch of this rank, from `step` on: what a step sees does not depend on the layout."""
+        size, mesh = self.config.batch.micro_batch_size, self.mesh
+        for current in range(step, self.config.train_steps):
+            for index in range(self.micro_batches_per_step):
+                first = current * self.config.batch.global_batch_size + (index * mesh.data_size + mesh.data_rank) * size
+                yield range(first, first + size)
+
+    def _train(self, step: int, loader: Loader, log: MetricsLog | None) -> None:
         config = self.config
         meter = _Meter(self)
         if step == 0:
             self._validate(step, log)
         while step < config.train_steps:
-            record = self._step(step)
+            record = self._step(step, loader)
             step += 1
             meter.add()
             last = step == config.train_steps
@@ -176,13 +187,13 @@ class Trainer:
             proof = {"tokens": tokens_N, "positions": positions_P, "logits": logits_PV.contiguous()}
         save_checkpoint(self.model, self.optimizer, step, self.config, self.facts, self.inputs.shape, proof)
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def _step(self, step: int, loader: Loader) -> dict[str, Any]:
         """One update; returns what is logged of it."""
         config = self.config
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        micro_batches = [self._micro_batch(step, index) for index in range(self.micro_batches_per_step)]
+        micro_batches = [to_device(next(loader)) for _ in range(self.micro_batches_per_step)]
         sums = run_schedule(self.model, self.mesh, micro_batches, len(self.inputs.plan.languages), forward_only=False)
         if not math.isfinite(sums.loss):
             raise TrainingError(
@@ -207,12 +218,6 @@ class Trainer:
     def _last_good(self) -> str:
         complete = checkpoint_folders(self.output)
         return f" and {complete[-1][1]} holds the last good state" if complete else "; there is no checkpoint yet"
-
-    def _micro_batch(self, step: int, index: int) -> MicroBatch:
-        """Micro-batch `index` of this rank: the samples a step sees do not depend on the layout."""
-        size, mesh = self.config.batch.micro_batch_size, self.mesh
-        first = step * self.config.batch.global_batch_size + (index * mesh.data_size + mesh.data_rank) * size
-        return to_device(batch([self.inputs.plan.sample(number) for number in range(first, first + size)]))
 
     def _bits_per_byte(self, sums: StepSums) -> dict[str, float]:
         """Training loss of each language in bits per byte, bytes per token taken from the manifests."""

@@ -113,3 +113,20 @@ def test_killed_before_the_first_checkpoint_begins_again(tiny: Tiny, undisturbed
     config = json.loads(undisturbed.with_suffix(".yaml").read_text())
     tiny.train_many({"begun": {key: value for key, value in config.items() if key != "output"}}, 2)
     assert numbers(output) == numbers(undisturbed)
+
+
+def test_killed_loader_workers_change_nothing(undisturbed: Path, tiny: Tiny) -> None:
+    """The processes that prepare the batches are killed, twice, while the ranks go on."""
+    output = tiny.root / "loaders killed"
+    job = start(["megatron_cpt.cli.main"], write_config(tiny, output), "--nproc", "2")
+    for num_records in (3, KILLED_AFTER):
+        assert wait_until(lambda least=num_records: len(read_metrics(output)) > least, 60)  # type: ignore[misc]
+        workers = [
+            pid for pid in descendants(job.pid) if b".loader_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(workers) == 2
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+    _, error = job.communicate(timeout=120)
+    assert job.returncode == 0, error
+    assert numbers(output) == numbers(undisturbed)

@@ -6,8 +6,9 @@ import typer
 
 from megatron_cpt.cli.data.build import build
 from megatron_cpt.cli.data.inspect import inspect, verify
+from megatron_cpt.cli.data.pack import pack
 from megatron_cpt.cli.data.pairs import pairs
 
 app = typer.Typer(help="Build, inspect and verify indexed datasets.", no_args_is_help=True)
-for command in (pairs, build, inspect, verify):
+for command in (pairs, build, pack, inspect, verify):
     app.command()(command)

@@ -1,0 +1,137 @@
+"""Best-fit packing: as full as the plain rule makes it, nothing lost, nothing cut that fits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_cpt.data import IndexedDataset, _native, open_windows, pack_dataset
+from megatron_cpt.errors import DataError
+from tests.data.test_windows import laid_out, same, write_dataset
+
+
+def pieces_of(lengths: list[int], capacity: int) -> list[int]:
+    """Predictions of each piece: full ones as long as there are, then the rest."""
+    pieces = []
+    for length in lengths:
+        full, rest = divmod(length - 1, capacity)
+        pieces += [capacity] * full + [rest] * (rest > 0)
+    return pieces
+
+
+def best_fit_decreasing(pieces: list[int], capacity: int) -> list[list[int]]:
+    """The rule, bin by bin: each piece, the longest first, into the fullest bin that still holds it."""
+    bins: list[list[int]] = []
+    for piece in sorted(pieces, reverse=True):
+        fitting = [each for each in bins if sum(each) + piece <= capacity]
+        if not fitting:
+            bins.append([piece])
+        else:
+            max(fitting, key=sum).append(piece)
+    return bins
+
+
+def starts_of(lengths: list[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+@given(lengths=st.lists(st.integers(0, 200), max_size=60), capacity=st.integers(1, 130))
+@settings(max_examples=300, deadline=None)
+def test_bins_are_those_of_the_plain_rule(lengths: list[int], capacity: int) -> None:
+    firsts, counts, borders = _native.pack(starts_of(lengths), capacity)
+    bins = [counts[low:high].tolist() for low, high in zip(borders, borders[1:], strict=False)]
+    expected = best_fit_decreasing(pieces_of([length for length in lengths if length], capacity), capacity)
+    assert sorted(map(sum, bins)) == sorted(map(sum, expected)), "bins of one room are alike, all else is given"
+    assert sorted(counts.tolist()) == sorted(pieces_of([length for length in lengths if length], capacity))
+    for low, high in zip(borders, borders[1:], strict=False):
+        assert (np.diff(firsts[low:high]) > 0).all(), "a bin is read in the order of the stream"
+    assert (firsts.dtype, counts.dtype, borders.dtype) == (np.int64, np.int32, np.int64)
+
+
+def test_whole_documents_and_full_pieces(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "x", [1, 30, 2, 8, 9, 5, 1, 10, 17])
+    manifest = pack_dataset(dataset, 8)
+    windows = open_windows(dataset, 8, "best_fit")
+    starts = dataset.document_starts
+    pieces = [tuple(piece) for n in range(len(windows)) for piece in zip(*windows.pieces(n), strict=True)]
+    expected = [
+        (start + at, min(8, length - 1 - at))
+        for start, length in zip(starts, np.diff(starts), strict=False)
+        for at in range(0, length - 1, 8)
+    ]
+    assert sorted(pieces) == expected
+    assert manifest["predictions"] == sum(count for _, count in pieces) == dataset.num_tokens - 9
+    assert manifest["bins"] == len(windows) and manifest["pieces"] == len(pieces)
+    assert manifest["fill"] == manifest["predictions"] / (8 * len(windows))
+    for number in range(len(windows)):
+        own = [(int(first), int(count)) for first, count in zip(*windows.pieces(number), strict=True)]
+        assert same(windows.window(number), laid_out(dataset, own, 8))
+
+
+def test_real_lengths_fill_the_bins() -> None:
+    lengths = np.maximum(1, np.random.default_rng(7).lognormal(5.8, 1.2, 50_000)).astype(np.int64)
+    _, counts, borders = _native.pack(starts_of(list(lengths)), 4096)
+    predictions = int((lengths - 1).sum())
+    assert counts.sum(dtype=np.int64) == predictions
+    assert predictions / (4096 * (len(borders) - 1)) >= 0.995
+    sums = np.add.reduceat(counts, borders[:-1], dtype=np.int64)
+    assert sums.max() <= 4096 and (sums < 2048).sum() <= 1, "two half empty bins would be one"
+
+
+def test_a_pack_is_made_once_and_again_for_another_dataset(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "x", [50, 3, 20])
+    made = pack_dataset(dataset, 16)
+    path = tmp_path / "x.pack-16.bin"
+    before = path.stat().st_mtime_ns
+    assert pack_dataset(dataset, 16) == made and path.stat().st_mtime_ns == before
+    write_dataset(tmp_path / "x", [50, 3, 21])
+    with pytest.raises(DataError, match="is of another dataset than .*data pack .* --seq-length 16"):
+        open_windows(IndexedDataset(tmp_path / "x"), 16, "best_fit")
+    changed = IndexedDataset(tmp_path / "x")
+    assert pack_dataset(changed, 16)["predictions"] == 71 == made["predictions"] + 1
+    assert len(open_windows(changed, 16, "best_fit")) == 5
+    assert sorted(p.name for p in tmp_path.glob("*pack*")) == ["x.pack-16.bin", "x.pack-16.manifest.json"]
+
+
+def test_documents_cut_elsewhere_are_another_dataset(tmp_path: Path) -> None:
+    """The same tokens with other borders: .bin alone would not tell."""
+    pack_dataset(write_dataset(tmp_path / "x", [40]), 16)
+    with pytest.raises(DataError, match="another dataset"):
+        open_windows(write_dataset(tmp_path / "x", [20, 20]), 16, "best_fit")
+
+
+def test_missing_and_damaged_packs_are_refused(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "x", [50, 3, 20])
+    with pytest.raises(
+        DataError, match=r"is not packed for seq_length 16; make it with `data pack .*x --seq-length 16`"
+    ):
+        open_windows(dataset, 16, "best_fit")
+    pack_dataset(dataset, 16)
+    path = tmp_path / "x.pack-16.bin"
+    shutil.copy(path, tmp_path / "whole")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DataError, match="missing or not of"):
+        open_windows(dataset, 16, "best_fit")
+    damaged = bytearray((tmp_path / "whole").read_bytes())
+    damaged[7] = 0x7F
+    path.write_bytes(damaged)
+    windows = open_windows(dataset, 16, "best_fit")
+    with pytest.raises(DataError, match="the pack is damaged, make it again"):
+        for number in range(len(windows)):
+            windows.window(number)
+
+
+def test_nothing_to_predict_and_impossible_lengths(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "x", [1, 1, 1])
+    with pytest.raises(DataError, match="no document of two tokens"):
+        pack_dataset(dataset, 16)
+    for seq_length in (0, -1, 2**31):
+        with pytest.raises(DataError, match="seq_length"):
+            pack_dataset(dataset, seq_length)
+    with pytest.raises(ValueError, match="starts fall"):
+        _native.pack(np.array([0, 5, 3]), 8)
