@@ -1,11 +1,11 @@
 // Python face of the order of the data. Twins in megatron_cpt/data/reference.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -13,6 +13,7 @@
 
 #include "bindings.hpp"
 #include "order.hpp"
+#include "stage_order.hpp"
 
 namespace py = pybind11;
 
@@ -21,7 +22,6 @@ namespace {
 using Int64s = py::array_t<std::int64_t, py::array::c_style>;
 
 constexpr std::int64_t kMaxSize = std::int64_t{1} << 62;
-constexpr std::int64_t kMaxBlock = std::int64_t{1} << 20;
 
 void require_size(std::int64_t size) {
   if (size < 1 || size > kMaxSize) throw std::invalid_argument("size is " + std::to_string(size) + ", expected 1..2^62");
@@ -41,63 +41,29 @@ Int64s permute(const Int64s& positions, std::int64_t size, std::uint64_t key) {
 }
 
 // Which window the index-th visit of a source falls on: one full permutation per epoch.
-Int64s visit(const Int64s& indices, std::int64_t size, std::uint64_t key) {
+std::int64_t visit(std::int64_t index, std::int64_t size, std::uint64_t key) {
   require_size(size);
-  Int64s result(indices.size());
-  const std::int64_t* in = indices.data();
-  std::int64_t* out = result.mutable_data();
-  for (py::ssize_t k = 0; k < indices.size(); ++k) {
-    if (in[k] < 0) throw std::out_of_range("index below 0");
-    const auto epoch = static_cast<std::uint64_t>(in[k] / size);
-    const cpt::Permutation permutation(static_cast<std::uint64_t>(size), cpt::derive(key, epoch));
-    out[k] = static_cast<std::int64_t>(permutation(static_cast<std::uint64_t>(in[k] % size)));
-  }
-  return result;
+  if (index < 0) throw std::out_of_range("index below 0");
+  const auto epoch = static_cast<std::uint64_t>(index / size);
+  const cpt::Permutation permutation(static_cast<std::uint64_t>(size), cpt::derive(key, epoch));
+  return static_cast<std::int64_t>(permutation(static_cast<std::uint64_t>(index % size)));
 }
 
-// The source of each slot of a block, and how many earlier slots of the block have the same source.
-void lay_out_block(std::uint64_t key, const std::int64_t* quota, std::size_t sources, std::vector<std::int64_t>& source,
-                   std::vector<std::int64_t>& rank) {
-  const cpt::Permutation permutation(source.size(), key);
-  std::vector<std::int64_t> seen(sources, 0);
-  for (std::size_t slot = 0; slot < source.size(); ++slot) {
-    auto left = static_cast<std::int64_t>(permutation(slot));
-    std::size_t s = 0;
-    while (left >= quota[s]) left -= quota[s++];
-    source[slot] = static_cast<std::int64_t>(s);
-    rank[slot] = seen[s]++;
+// One lane a row: start, end, first block, last block (-1: to the end of the stage).
+cpt::StageOrder stage_order(const Int64s& lanes, std::int64_t unit, std::int64_t samples, std::int64_t block) {
+  if (lanes.ndim() != 2 || lanes.shape(1) != 4) throw std::invalid_argument("lanes must be rows of four numbers");
+  std::vector<cpt::Lane> rows;
+  for (py::ssize_t s = 0; s < lanes.shape(0); ++s) {
+    const std::int64_t* row = lanes.data(s, 0);
+    rows.push_back({row[0], row[1], row[2], row[3] < 0 ? cpt::StageOrder::kForever : row[3]});
   }
+  const py::gil_scoped_release release;
+  return {std::move(rows), unit, samples, block};
 }
 
-// The source of each sample and its number among the samples of that source. A block of sum(quotas)
-// samples holds exactly quotas[s] samples of source s, in an order keyed by the block.
-std::pair<Int64s, Int64s> locate(const Int64s& samples, const Int64s& quotas, std::uint64_t key) {
-  const std::int64_t* quota = quotas.data();
-  const std::int64_t block_size = std::accumulate(quota, quota + quotas.size(), std::int64_t{0});
-  if (std::any_of(quota, quota + quotas.size(), [](std::int64_t q) { return q < 0 || q > kMaxBlock; }) ||
-      block_size < 1 || block_size > kMaxBlock)
-    throw std::invalid_argument("quotas must not be below 0 and must add up to 1..2^20");
-  std::vector<std::int64_t> block_sources(static_cast<std::size_t>(block_size));
-  std::vector<std::int64_t> block_ranks(block_sources.size());
-  std::int64_t laid_out = -1;
-  Int64s sources(samples.size());
-  Int64s indices(samples.size());
-  const std::int64_t* in = samples.data();
-  std::int64_t* source = sources.mutable_data();
-  std::int64_t* index = indices.mutable_data();
-  for (py::ssize_t k = 0; k < samples.size(); ++k) {
-    if (in[k] < 0) throw std::out_of_range("sample below 0");
-    const std::int64_t block = in[k] / block_size;
-    if (block != laid_out) {
-      lay_out_block(cpt::derive(key, static_cast<std::uint64_t>(block)), quota,
-                    static_cast<std::size_t>(quotas.size()), block_sources, block_ranks);
-      laid_out = block;
-    }
-    const auto slot = static_cast<std::size_t>(in[k] % block_size);
-    source[k] = block_sources[slot];
-    index[k] = block * quota[source[k]] + block_ranks[slot];
-  }
-  return {std::move(sources), std::move(indices)};
+Int64s counts_of(const cpt::StageOrder& order, std::int64_t samples) {
+  const std::vector<std::int64_t> counts = order.counts(samples);
+  return Int64s(static_cast<py::ssize_t>(counts.size()), counts.data());
 }
 
 template <typename Token>
@@ -147,8 +113,11 @@ std::pair<Int64s, Int64s> gather(const py::array& stream, const Int64s& starts, 
 void bind_order(py::module_& module) {
   module.def("derive", &cpt::derive, py::arg("key"), py::arg("number"));
   module.def("permute", &permute, py::arg("positions").noconvert(), py::arg("size"), py::arg("key"));
-  module.def("visit", &visit, py::arg("indices").noconvert(), py::arg("size"), py::arg("key"));
-  module.def("locate", &locate, py::arg("samples").noconvert(), py::arg("quotas").noconvert(), py::arg("key"));
+  module.def("visit", &visit, py::arg("index"), py::arg("size"), py::arg("key"));
+  py::class_<cpt::StageOrder>(module, "StageOrder")
+      .def(py::init(&stage_order), py::arg("lanes").noconvert(), py::arg("unit"), py::arg("samples"), py::arg("block"))
+      .def("at", &cpt::StageOrder::at, py::arg("sample"))
+      .def("counts", &counts_of, py::arg("samples"));
   module.def("gather", &gather, py::arg("stream").noconvert(), py::arg("starts").noconvert(), py::arg("first"),
              py::arg("length"), py::arg("vocab_size"));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from megatron_cpt.config.schema import LearnConfig, LlamaShape, RunConfig, TrainConfig
@@ -53,7 +54,43 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
             f"data.validation: got {scored.count(language)} sets of language {language!r}, expected one of each "
             "language, which names its score; put them into one dataset or give them different names"
         )
+    yield from _stage_problems(config)
     yield from _learn_problems("", config, config.shape)
+
+
+def _stage_problems(config: TrainConfig) -> Iterator[str]:
+    data = config.data
+    if not data.stages:
+        return
+    titles = [source.title for source in data.train]
+    for title in sorted({title for title in titles if titles.count(title) > 1}):
+        yield f"data.train: got {titles.count(title)} sources called {title!r}, expected one; give each a name"
+    for number, stage in enumerate(data.stages):
+        path = f"data.stages.{number}"
+        named = [name for share in stage.shares for name in share.sources]
+        named += stage.replay.sources if stage.replay else ()
+        for name in dict.fromkeys(named):
+            if name not in titles:
+                near = difflib.get_close_matches(name, titles, n=1) or titles
+                yield f"{path}: got source {name!r}, expected one of data.train; did you mean {' or '.join(near)}?"
+            if named.count(name) > 1:
+                yield f"{path}: got source {name!r} {named.count(name)} times, expected once; add its shares up"
+        for place, share in enumerate(stage.shares):
+            if share.parts is not None and (not share.in_turn or len(share.parts) != len(share.sources)):
+                yield (
+                    f"{path}.shares.{place}.parts: got {len(share.parts)} parts for {len(share.sources)} sources with "
+                    f"in_turn={str(share.in_turn).lower()}, expected one part for each source in turn"
+                )
+        ends = [share.share if isinstance(share.share, tuple) else (share.share, share.share) for share in stage.shares]
+        if not (sum(start for start, _ in ends) and sum(end for _, end in ends)) or not all(map(sum, ends)):
+            yield f"{path}.shares: got a share that is always 0, or nothing but zeros at one end; expected more than 0"
+    given = sum(stage.tokens for stage in data.stages)
+    wanted = config.train_steps * config.batch.global_batch_size * config.batch.seq_length
+    if given < wanted:
+        yield (
+            f"data.stages: got {given:,} tokens in all, expected at least train_steps * global_batch_size * "
+            f"seq_length = {wanted:,}; give the last stage more tokens or lower train_steps"
+        )
 
 
 def _learn_problems(path: str, learn: LearnConfig | TrainConfig, shape: LlamaShape | None) -> Iterator[str]:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Implementation = Literal["auto", "torch"]
 # A language names files and metrics, so it must not be able to name another folder.
@@ -93,11 +95,19 @@ class OptimizerConfig(Section):
 
 
 class DataSource(Section):
-    """One indexed dataset in the mixture: `prefix`.bin and `prefix`.idx."""
+    """One indexed dataset to train on: `prefix`.bin and `prefix`.idx."""
 
     prefix: str
     language: Language
-    weight: float = Field(gt=0.0)  # share of the samples, relative to the other sources
+    name: str = ""  # what stages call it; empty: the last part of the prefix
+    weight: float = Field(default=1.0, gt=0.0)  # of the samples, relative to the sources it is named with
+    max_epochs: float | None = Field(default=None, gt=0.0)  # passes over it that are allowed; None: any number
+    packing: Literal["concat", "best_fit"] = "concat"  # how its documents fill the samples
+
+    @property
+    def title(self) -> str:
+        """The name that stages and reports call it by."""
+        return self.name or self.prefix.rstrip("/").rpartition("/")[2]
 
 
 class ValidationSource(Section):
@@ -107,10 +117,37 @@ class ValidationSource(Section):
     language: Language
 
 
+class Share(Section):
+    """Sources that take a share of a stage together, split by their weights or one after another."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    # Relative to the other shares of the stage; two values: it moves from the first to the second.
+    share: NonNegativeFloat | tuple[NonNegativeFloat, NonNegativeFloat]
+    in_turn: bool = False  # the first source for its part, then the next
+    parts: tuple[PositiveFloat, ...] | None = None  # of each source in turn; None: by its number of samples
+
+
+class Replay(Section):
+    """Sources mixed into a stage so that earlier abilities stay; the other shares are scaled to the rest."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]  # split by their weights
+    share: float = Field(gt=0.0, lt=1.0)  # of the samples of the stage
+
+
+class Stage(Section):
+    """A part of the run with its own mixture. Stages follow each other; the run ends with the last."""
+
+    name: str
+    tokens: Positive  # at seq_length tokens a sample
+    shares: Annotated[tuple[Share, ...], Field(min_length=1)]
+    replay: Replay | None = None
+
+
 class TrainDataConfig(Section):
-    """What a job trains on and what it is scored on."""
+    """What a job trains on and what it is scored on. Without stages the weights hold for the whole run."""
 
     train: tuple[DataSource, ...]
+    stages: tuple[Stage, ...] = ()
     validation: tuple[ValidationSource, ...] = ()
     loader_workers: NonNegative = 1  # processes of each rank that prepare batches ahead; 0: none
 

@@ -5,6 +5,9 @@ Not used at run time; the tests compare the two. Signatures are those of `_nativ
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import floor
+
 import numpy as np
 import numpy.typing as npt
 
@@ -42,26 +45,79 @@ def permute(positions: Int64s, size: int, key: int) -> Int64s:
     return np.array([_permuted(int(position), size, key) for position in positions], np.int64)
 
 
-def visit(indices: Int64s, size: int, key: int) -> Int64s:
-    """Which of `size` windows each visit falls on: epoch = index // size has its own permutation."""
-    return np.array([_permuted(int(i) % size, size, derive(key, int(i) // size)) for i in indices], np.int64)
+def visit(index: int, size: int, key: int) -> int:
+    """Which of `size` windows a visit falls on: epoch = index // size has its own permutation."""
+    return _permuted(index % size, size, derive(key, index // size))
 
 
-def locate(samples: Int64s, quotas: Int64s, key: int) -> tuple[Int64s, Int64s]:
-    """Source of each sample, and its number among all samples of that source.
+class StageOrder:
+    """Which source each sample of a stage comes from.
 
-    Every block of sum(quotas) samples holds source s exactly quotas[s] times.
+    E_s(t), the exact share of lane s among the first t samples, is rounded twice as unit jobs with releases and
+    deadlines, earliest deadline first: at the borders of blocks to floor(E_s) or ceil(E_s), then within each block.
+
+    Args:
+        lanes: int64 of shape [sources, 4]: share at the start and at the end of the stage in units of `unit`, and
+            the first and last block (not included; -1: none) in which the source is read.
+        unit: what the shares of every moment add up to.
+        samples: of the stage; 0: it has no end.
+        block: samples of a block.
     """
-    block_size, ends = int(quotas.sum()), np.cumsum(quotas)
-    located = []
-    for sample in samples:
-        block, slot = divmod(int(sample), block_size)
-        images = permute(np.arange(slot + 1), block_size, derive(key, block))
-        sources = np.searchsorted(ends, images, side="right")
-        source = int(sources[-1])
-        located.append((source, block * int(quotas[source]) + int((sources[:-1] == source).sum())))
-    columns = np.array(located, np.int64).reshape(-1, 2)
-    return columns[:, 0], columns[:, 1]
+
+    def __init__(self, lanes: Int64s, unit: int, samples: int, block: int) -> None:
+        self.lanes = [tuple(map(int, lane)) for lane in lanes]
+        self.unit, self.samples, self.block = unit, samples, block
+        self.borders = [[0] * len(self.lanes)]
+
+    def share(self, lane: int, border: int) -> Fraction:
+        """E of a lane at a border."""
+        start, end, first, last = self.lanes[lane]
+        border = max(first, border if last < 0 else min(border, last))
+        return self._ramp(start, end, border * self.block) - self._ramp(start, end, first * self.block)
+
+    def _ramp(self, start: int, end: int, t: int) -> Fraction:
+        inside = min(t, self.samples) if self.samples else t
+        moved = Fraction((end - start) * inside**2, 2 * self.samples) if self.samples else 0
+        return (start * inside + moved + end * (t - inside)) / Fraction(self.unit)
+
+    def _deadline(self, lane: int, border: int, count: int) -> int:
+        last = self.lanes[lane][3]
+        limit = border + 10**4 if last < 0 else last
+        return next((b for b in range(border + 1, limit + 1) if self.share(lane, b) >= count), 2**62)
+
+    def _counts_at(self, border: int) -> list[int]:
+        while len(self.borders) <= border:
+            number = len(self.borders)
+            shares = [self.share(lane, number) for lane in range(len(self.lanes))]
+            counts = [max(before, floor(share)) for before, share in zip(self.borders[-1], shares, strict=True)]
+            ahead = [lane for lane, share in enumerate(shares) if counts[lane] < share]
+            ahead.sort(key=lambda s: (self._deadline(s, number, counts[s] + 1), floor(shares[s]) - shares[s], s))
+            for lane in ahead[: number * self.block - sum(counts)]:
+                counts[lane] += 1
+            self.borders.append(counts)
+        return self.borders[border]
+
+    def _lanes_of(self, border: int) -> list[int]:
+        before, after = self._counts_at(border), self._counts_at(border + 1)
+        quota = [b - a for a, b in zip(before, after, strict=True)]
+        taken, order = [0] * len(quota), []
+        for now in range(self.block):
+            released = [s for s, q in enumerate(quota) if taken[s] < q and taken[s] * self.block // q <= now]
+            lane = min(released, key=lambda s: (-((taken[s] + 1) * self.block // -quota[s]), s))
+            taken[lane] += 1
+            order.append(lane)
+        return order
+
+    def at(self, sample: int) -> tuple[int, int]:
+        """Lane of a sample, and its number among the samples of that lane."""
+        lane = self._lanes_of(sample // self.block)[sample % self.block]
+        return lane, int(self.counts(sample)[lane])
+
+    def counts(self, samples: int) -> Int64s:
+        """Samples of each lane among the first `samples` ones."""
+        border, slot = divmod(samples, self.block)
+        inside = self._lanes_of(border)[:slot] if slot else []
+        return np.array([c + inside.count(s) for s, c in enumerate(self._counts_at(border))], np.int64)
 
 
 def gather(
