@@ -7,7 +7,8 @@ from megatron_cpt.data.documents import Document, is_held_out, read_documents, s
 from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.data.loader import Loader
 from megatron_cpt.data.packing import pack_dataset
-from megatron_cpt.data.sampler import Place, SamplePlan
+from megatron_cpt.data.sampler import SamplePlan, Source, open_plan
+from megatron_cpt.data.stages import Place
 from megatron_cpt.data.windows import IGNORED, Sample, Window, Windows, open_windows
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Place",
     "Sample",
     "SamplePlan",
+    "Source",
     "Window",
     "Windows",
     "batch",
@@ -28,6 +30,7 @@ __all__ = [
     "describe_document",
     "describe_sample",
     "is_held_out",
+    "open_plan",
     "open_windows",
     "pack_dataset",
     "read_documents",

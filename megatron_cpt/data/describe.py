@@ -65,7 +65,7 @@ def describe_sample(
     """One sample of a plan with this dataset as its only source.
 
     Returns:
-        `number`, `epoch`, `window`, `start` (its first token in the stream), `state_hash` of the plan, and
+        `number`, `epoch`, `window`, `start` (its first token in the stream), `order_hash` of the samples up to it, and
         `pieces`: the ids and text between two document borders, the last label included.
 
     Raises:
@@ -80,7 +80,7 @@ def describe_sample(
         "epoch": place.epoch,
         "window": place.window,
         "start": place.window * seq_length,
-        "state_hash": plan.state_hash,
+        "order_hash": plan.order_hash(number + 1),
         "pieces": [_decoded(piece, tokenizer) for piece in np.split(tokens, borders[borders > 0])],
     }
 

@@ -38,9 +38,7 @@ def description(order: Order) -> dict[str, Any]:
                 "changes": stage.changes,
                 "unit": stage.unit,
                 "block": stage.block,
-                "lanes": [
-                    [source, *lane] for source, lane in zip(stage.sources, stage.lanes.tolist(), strict=True)
-                ],
+                "lanes": [[source, *lane] for source, lane in zip(stage.sources, stage.lanes.tolist(), strict=True)],
             }
             for stage in order.stages
         ],

@@ -5,6 +5,7 @@ Not used at run time; the tests compare the two. Signatures are those of `_nativ
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from fractions import Fraction
 from math import floor
 
@@ -81,9 +82,13 @@ class StageOrder:
         return (start * inside + moved + end * (t - inside)) / Fraction(self.unit)
 
     def _deadline(self, lane: int, border: int, count: int) -> int:
-        last = self.lanes[lane][3]
-        limit = border + 10**4 if last < 0 else last
-        return next((b for b in range(border + 1, limit + 1) if self.share(lane, b) >= count), 2**62)
+        step = 1
+        while self.share(lane, border + step) < count:
+            if step > 2**34:
+                return 2**62
+            step *= 2
+        later = range(border, border + step + 1)
+        return later[bisect_left(later, True, key=lambda b: self.share(lane, b) >= count)]
 
     def _counts_at(self, border: int) -> list[int]:
         while len(self.borders) <= border:

@@ -1,101 +1,102 @@
-"""The order of the data as a pure function of (sources, seed, sample number).
+"""The order of the data as a pure function of (stages, sources, seed, sample number).
 
 There are no index files and no state: to resume at sample i is to ask for sample i. The order knows
-nothing of ranks, micro-batches or the length of the run, so none of them can change it.
-
-Source of a sample: every block of 1,000 samples holds each source exactly `quota` times, in an order
-permuted by (seed, block). Window of a sample: the k-th sample of a source with W windows belongs to
-epoch k // W, which visits every window once, in an order permuted by (seed, source, epoch).
+nothing of ranks, micro-batches or the number of steps, so none of them can change it. `stages.Order` says which
+source, epoch and window a sample is; here the windows are those of datasets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_cpt.config.manifest import sha256_json
-from megatron_cpt.data import _native
+from megatron_cpt.config.schema import Stage, TrainDataConfig
+from megatron_cpt.data import lineage
 from megatron_cpt.data.indexed import IndexedDataset
-from megatron_cpt.data.windows import Sample, open_windows
+from megatron_cpt.data.stages import Order, Place, SourceFacts
+from megatron_cpt.data.windows import Packing, Sample, open_windows
 from megatron_cpt.errors import DataError
 
-Int64s = npt.NDArray[np.int64]
 
-BLOCK = 1000
-_ORDER = 2  # of the rules above; part of the state hash
-_MIXTURE_KEY = 0  # purposes of the keys derived from the seed; source s has purpose 1 + s
+class Source(NamedTuple):
+    """A dataset of a plan.
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sample comes from: source number, epoch of that source, number of its window."""
-
-    source: int
-    epoch: int
-    window: int
-
-
-def quotas(weights: Sequence[float], block: int = BLOCK) -> list[int]:
-    """Split `block` samples by weight: largest remainder, at least 1 for each, ties to the first.
-
-    Raises:
-        DataError: no weights, a weight that is not above 0, or more weights than samples.
+    Attributes:
+        dataset: the dataset or its prefix.
+        language: of its text.
+        weight: share of the samples, relative to the sources it is named with.
+        name: what stages call it; empty: the last part of its prefix.
+        max_epochs: passes that are allowed; None: any number.
+        packing: how its documents fill the samples, see `open_windows`.
     """
-    if not weights or len(weights) > block or not all(0 < weight < float("inf") for weight in weights):
-        raise DataError(f"weights {list(weights)[:8]}: expected 1 to {block} finite numbers above 0")
-    total = sum(weights)
-    shares = [weight / total * block for weight in weights]
-    counts = [max(1, int(share)) for share in shares]
-    while sum(counts) < block:
-        counts[max(range(len(counts)), key=lambda s: (shares[s] - counts[s], -s))] += 1
-    while sum(counts) > block:
-        larger = [s for s in range(len(counts)) if counts[s] > 1]
-        counts[min(larger, key=lambda s: (shares[s] - counts[s], s))] -= 1
-    return counts
+
+    dataset: str | Path | IndexedDataset
+    language: str
+    weight: float = 1.0
+    name: str = ""
+    max_epochs: float | None = None
+    packing: Packing = "concat"
 
 
 class SamplePlan:
-    """An endless, fixed sequence of samples from weighted sources.
+    """A fixed sequence of samples from datasets: endless without stages, else ending with the last one.
 
-    An epoch of a source visits each of its windows (`open_windows`) once.
+    An epoch of a source visits each of its windows (`open_windows`) once. A plan may be sent to another process
+    (pickle): datasets are opened again there and have to be the same.
 
     Args:
-        sources: (dataset or its prefix, language, weight) each; weights are shares of the samples.
+        sources: `Source`s, or tuples of their leading fields.
         seq_length: S, tokens of a sample.
         seed: 0 to 2^64 - 1.
+        stages: mixtures that follow each other; none: the weights hold without end.
 
     Raises:
-        DataError: a dataset that cannot be read, holds no prediction or is listed twice, or datasets of
-            different tokenizers.
+        DataError: a dataset that cannot be read, holds no prediction or is there twice, datasets of different
+            tokenizers, or what `Order` refuses.
     """
 
     def __init__(
-        self, sources: Sequence[tuple[str | Path | IndexedDataset, str, float]], seq_length: int, seed: int
+        self, sources: Sequence[Source | tuple[Any, ...]], seq_length: int, seed: int, stages: Sequence[Stage] = ()
     ) -> None:
-        if seq_length < 1 or not 0 <= seed < 2**64:
-            raise DataError(f"seq_length {seq_length} and seed {seed}: expected at least 1, and 0 to 2^64 - 1")
-        self.seq_length = seq_length
-        self.seed = seed
-        self.quotas = quotas([weight for _, _, weight in sources])
+        given = [Source(*source) for source in sources]
         self.datasets = [
-            dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset) for dataset, _, _ in sources
+            source.dataset if isinstance(source.dataset, IndexedDataset) else IndexedDataset(source.dataset)
+            for source in given
         ]
-        self.languages = [language for _, language, _ in sources]
+        self._sources = [source._replace(dataset=ds) for source, ds in zip(given, self.datasets, strict=True)]
         self._check()
-        self._windows = [open_windows(dataset, seq_length) for dataset in self.datasets]
-        self.num_windows = [len(windows) for windows in self._windows]
-        self._quotas = np.array(self.quotas, np.int64)
-        self._keys = [_native.derive(seed, purpose) for purpose in range(1 + len(self.datasets))]
+        self.stages = tuple(stages)
+        self.languages = [source.language for source in given]
+        self.windows = [
+            open_windows(dataset, seq_length, source.packing)
+            for source, dataset in zip(given, self.datasets, strict=True)
+        ]
+        facts = [
+            SourceFacts(
+                source.name or Path(windows.dataset.prefix).name,
+                windows.content_hash,
+                len(windows),
+                source.language,
+                source.weight,
+                source.max_epochs,
+                source.packing,
+            )
+            for source, windows in zip(given, self.windows, strict=True)
+        ]
+        self.order = Order(facts, self.stages, seq_length, seed)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _reopen, (self._sources, self.seq_length, self.seed, self.stages, self.description)
 
     def _check(self) -> None:
-        prefixes = [dataset.prefix for dataset in self.datasets]
+        hashes = [dataset.content_hash for dataset in self.datasets]
         for number, dataset in enumerate(self.datasets):
-            if dataset.prefix in prefixes[:number]:
-                raise DataError(f"{dataset.prefix} is listed twice; list it once with the sum of the weights")
+            first = self.datasets[hashes.index(hashes[number])]
+            if first is not dataset:
+                same = "is listed twice" if first.prefix == dataset.prefix else f"holds the same as {first.prefix}"
+                raise DataError(f"{dataset.prefix} {same}; list it once with the sum of the weights")
             first = self.datasets[0]
             if dataset.manifest.get("tokenizer_sha256") != first.manifest.get("tokenizer_sha256"):
                 raise DataError(
@@ -103,52 +104,84 @@ class SamplePlan:
                 )
 
     @property
+    def seq_length(self) -> int:
+        """S, tokens of a sample."""
+        return self.order.seq_length
+
+    @property
+    def seed(self) -> int:
+        """What the permutations are keyed with."""
+        return self.order.seed
+
+    @property
+    def num_windows(self) -> list[int]:
+        """Samples of one epoch of each source."""
+        return [len(windows) for windows in self.windows]
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of all stages; None: without end."""
+        return self.order.num_samples
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids of the tokenizer behind all sources."""
         return self.datasets[0].vocab_size
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> float:
-        """Expected bytes of text behind one token of this mixture (bos and eos are tokens without text)."""
+        """Expected bytes of text behind one token of the whole plan (bos and eos are tokens without text)."""
+        counts = self.order.counts(self.num_samples or self.order.stages[0].unit)
         each = [float(dataset.manifest["bytes_per_token"]) for dataset in self.datasets]
-        return sum(quota * value for quota, value in zip(self.quotas, each, strict=True)) / BLOCK
+        return sum(count * value for count, value in zip(counts, each, strict=True)) / sum(counts)
 
-    @property
-    def state_hash(self) -> str:
-        """Identity of the order: with an equal hash, sample i is the same sample for every i."""
-        sources = [
-            [dataset.content_hash, language, quota]
-            for dataset, language, quota in zip(self.datasets, self.languages, self.quotas, strict=True)
-        ]
-        return sha256_json({"order": _ORDER, "sources": sources, "seed": self.seed, "seq_length": self.seq_length})
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Everything that decides the order, as JSON; see `lineage`."""
+        return lineage.description(self.order)
+
+    def order_hash(self, num_samples: int) -> str:
+        """Identity of the first `num_samples` samples: with an equal one, they are the same samples."""
+        return lineage.order_hash(self.description, num_samples)
+
+    def require(self, num_samples: int) -> None:
+        """Check that a run may read `num_samples` samples; raises as `Order.require` does."""
+        self.order.require(num_samples)
 
     def place(self, number: int) -> Place:
-        """Where sample `number` (from 0) comes from."""
-        if number < 0:
-            raise DataError(f"sample {number}: samples are counted from 0")
-        sources, indices = _native.locate(np.array([number], np.int64), self._quotas, self._keys[_MIXTURE_KEY])
-        source = int(sources[0])
-        window = _native.visit(indices, self.num_windows[source], self._keys[1 + source])
-        return Place(source, int(indices[0]) // self.num_windows[source], int(window[0]))
+        """Where sample `number` (from 0) comes from; raises as `Order.place` does."""
+        return self.order.place(number)
 
     def sample(self, number: int) -> Sample:
         """Sample `number` (from 0), the same on every rank and in every run.
 
         Raises:
-            DataError: the dataset holds an id that is not of its vocabulary.
+            DataError: the plan has no such sample, or the dataset holds an id that is not of its vocabulary.
         """
-        place = self.place(number)
-        return Sample(self._windows[place.source].window(place.window), place.source, self.languages[place.source])
+        place = self.order.place(number)
+        return Sample(self.windows[place.source].window(place.window), place.source, self.languages[place.source])
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How often the first `num_samples` samples pass through each source: prefix -> passes."""
-        blocks, rest = divmod(num_samples, BLOCK)
-        counts = blocks * self._quotas
-        if rest:
-            last = np.arange(blocks * BLOCK, num_samples, dtype=np.int64)
-            sources, _ = _native.locate(last, self._quotas, self._keys[_MIXTURE_KEY])
-            counts = counts + np.bincount(sources, minlength=len(self.quotas))
         return {
-            dataset.prefix: int(count) / windows
-            for dataset, count, windows in zip(self.datasets, counts, self.num_windows, strict=True)
+            windows.dataset.prefix: count / len(windows)
+            for windows, count in zip(self.windows, self.order.counts(num_samples), strict=True)
         }
+
+
+def open_plan(data: TrainDataConfig, seq_length: int, seed: int) -> SamplePlan:
+    """The plan that a configuration states; raises as `SamplePlan` does."""
+    sources = [
+        Source(source.prefix, source.language, source.weight, source.title, source.max_epochs, source.packing)
+        for source in data.train
+    ]
+    return SamplePlan(sources, seq_length, seed, data.stages)
+
+
+def _reopen(
+    sources: Sequence[Source], seq_length: int, seed: int, stages: Sequence[Stage], description: dict[str, Any]
+) -> SamplePlan:
+    plan = SamplePlan(sources, seq_length, seed, stages)
+    if plan.description != description:
+        raise DataError("a dataset was built anew while it was being read; start the job again")
+    return plan

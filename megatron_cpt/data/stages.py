@@ -37,7 +37,7 @@ class SourceFacts:
 
     Attributes:
         name: what stages call it.
-        content: hex SHA-256 that stands for its tokens.
+        content: hex SHA-256 that stands for its windows.
         windows: samples in one epoch.
         language: of its text.
         weight: share among the sources it is named with.

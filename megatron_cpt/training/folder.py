@@ -14,12 +14,14 @@ from typing import Any
 from megatron_cpt.checkpoint.fingerprint import fingerprint
 from megatron_cpt.config.manifest import MANIFEST, read_json, write_json_atomic
 from megatron_cpt.config.schema import TrainConfig
+from megatron_cpt.data.lineage import what_changed
 from megatron_cpt.errors import ConfigError, TrainingError
 from megatron_cpt.training.inputs import Inputs, is_given_in_form
 
 CHECKPOINTS = "checkpoints"
 INITIAL = "initial"
 RECORD = "run.json"
+ORDER = "content.data"  # key of the order's description in it
 OWN_FILES = {"logs", INITIAL}  # beside hidden ones, what may be there before a run has begun
 # What a resumed run may change: it alters speed and what is shown, never the numbers' meaning.
 FREE_FIELDS = ("output", "parallel", "kernels", "checkpoint", "eval_interval_steps", "log_interval_steps")
@@ -28,7 +30,8 @@ FREE_FIELDS = ("output", "parallel", "kernels", "checkpoint", "eval_interval_ste
 def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     """Everything that decides the numbers of a run, as flat `section.field` -> value.
 
-    Tokenizer, initial weights and data stand in it by content, so that they may be moved.
+    Tokenizer, initial weights and data stand in it by content, so that they may be moved; the order of the data
+    as the description of its plan, whose part that was not yet read may change.
     """
     by_content = {"tokenizer", "initial_checkpoint", "data"}
     document = config.model_dump(mode="json", exclude={*FREE_FIELDS, *by_content, "shape"})
@@ -38,21 +41,27 @@ def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     document["content"] = {
         "tokenizer": inputs.tokenizer.sha256,
         "initial_checkpoint": None if given is None else fingerprint(given),
-        "data": inputs.plan.state_hash,
     }
-    return dict(_flatten(document))
+    return {**_flatten(document), ORDER: inputs.plan.description}
 
 
-def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any) -> dict[str, Any]:
+    return dict(_leaves(value, ""))
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flatten(inner, f"{path}.{key}" if path else key)
+            yield from _leaves(inner, f"{path}.{key}" if path else key)
     else:
         yield path, value
 
 
 def refuse_other_run(output: Path, identity: dict[str, Any]) -> None:
     """Check that `output` is new, or holds the run with this identity; nothing is written.
+
+    A run may have grown: more steps (what is left follows the learning rates of the new length), and another
+    order of the samples that it has not yet read.
 
     Raises:
         ConfigError: the folder holds a run with other settings, or something that is no training run.
@@ -71,7 +80,9 @@ def refuse_other_run(output: Path, identity: dict[str, Any]) -> None:
     earlier = read_json(output / RECORD, ConfigError)
     if not isinstance(earlier, dict) or "train_steps" not in earlier:
         raise ConfigError(f"{output / RECORD} is not of a training run; choose another output folder")
-    changed = [key for key in {**earlier, **identity} if earlier.get(key) != identity.get(key)]
+    changed = [key for key in {**earlier, **identity} if earlier.get(key) != identity.get(key) and key != ORDER]
+    if "train_steps" in changed and earlier["train_steps"] < identity["train_steps"]:
+        changed.remove("train_steps")
     if changed:
         key = changed[0]
         raise ConfigError(
@@ -79,12 +90,31 @@ def refuse_other_run(output: Path, identity: dict[str, Any]) -> None:
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + "; restore the setting to resume, or choose another output folder"
         )
+    _refuse_other_past(output, earlier.get(ORDER), identity)
+
+
+def _refuse_other_past(output: Path, earlier: Any, identity: dict[str, Any]) -> None:
+    """Check that the samples that the newest checkpoint has read are the first ones of this plan too."""
+    complete = checkpoint_folders(output)
+    steps = complete[-1][0] if complete else 0
+    if not isinstance(earlier, dict):
+        raise ConfigError(
+            f"{output} holds a run whose data was ordered by another version of this tool; finish it with that one, "
+            "or choose another output folder"
+        )
+    samples = steps * identity["batch.global_batch_size"]
+    if reason := what_changed(earlier, identity[ORDER], samples):
+        raise ConfigError(
+            f"{output} holds a run that has read {samples:,} samples in {steps} steps, and this configuration "
+            f"changes which ones these were: {reason}; restore it to resume (later stages may change), or choose "
+            "another output folder"
+        )
 
 
 def claim_run_folder(output: Path, identity: dict[str, Any]) -> None:
     """Begin a run in `output`, or continue the one that is there; raises as `refuse_other_run` does."""
     refuse_other_run(output, identity)
-    if not (output / RECORD).exists():
+    if not (output / RECORD).exists() or read_json(output / RECORD, ConfigError) != identity:
         write_json_atomic(output / RECORD, identity)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_cpt.checkpoint import check_belongs, open_torch_dist, read_shape
 from megatron_cpt.checkpoint.metadata import METADATA
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
-from megatron_cpt.data import IndexedDataset, SamplePlan, open_windows, scored_bytes
+from megatron_cpt.data import IndexedDataset, SamplePlan, open_plan, open_windows, scored_bytes
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.planning.layout import Layout, check_layout
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
@@ -43,12 +43,15 @@ def read_inputs(config: TrainConfig, world_size: int) -> Inputs:
     shape = _shape(config, tokenizer)
     length = config.batch.seq_length
     layout = check_layout(shape, tokenizer.vocab_size, config.vocab_divisor, config.parallel, config.batch, world_size)
-    sources = [(_open(source.prefix, tokenizer), source.language, source.weight) for source in config.data.train]
-    validation = {source.language: _open(source.prefix, tokenizer) for source in config.data.validation}
+    plan = open_plan(config.data, length, config.seed)
+    validation = {source.language: IndexedDataset(source.prefix) for source in config.data.validation}
+    for dataset in (*plan.datasets, *validation.values()):
+        _refuse_other_tokenizer(dataset, tokenizer)
+    plan.require(config.train_steps * config.batch.global_batch_size)
     for dataset in validation.values():
         open_windows(dataset, length)  # here and in the next line, what no bits per byte can be had of is refused
         scored_bytes(dataset)
-    return Inputs(tokenizer, shape, layout, SamplePlan(sources, length, config.seed), validation)
+    return Inputs(tokenizer, shape, layout, plan, validation)
 
 
 def is_given_in_form(config: TrainConfig) -> bool:
@@ -71,12 +74,10 @@ def _shape(config: TrainConfig, tokenizer: Tokenizer) -> LlamaShape:
     return shape
 
 
-def _open(prefix: str, tokenizer: Tokenizer) -> IndexedDataset:
-    dataset = IndexedDataset(prefix)
+def _refuse_other_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
     made_by = str(dataset.manifest.get("tokenizer_sha256"))
     if made_by != tokenizer.sha256:
         raise DataError(
-            f"{prefix} was built with another tokenizer (SHA-256 {made_by[:12]}...) than "
+            f"{dataset.prefix} was built with another tokenizer (SHA-256 {made_by[:12]}...) than "
             f"{tokenizer.path} ({tokenizer.sha256[:12]}...); build it again with `data build --tokenizer`"
         )
-    return dataset

@@ -73,7 +73,6 @@ class Trainer:
             "vocab_size": self.vocab_size,
             "padded_vocab_size": layout.padded_vocab_size,
             "tokenizer_sha256": inputs.tokenizer.sha256,
-            "inputs": {"data_order": inputs.plan.state_hash},
         }
         self.micro_batches_per_step = layout.num_micro_batches
         peak, peak_from = current_device().flops_bound()
@@ -185,7 +184,9 @@ class Trainer:
         proof = None
         if logits_PV is not None and self.mesh.tensor_rank == 0 and self.mesh.data_rank == 0:
             proof = {"tokens": tokens_N, "positions": positions_P, "logits": logits_PV.contiguous()}
-        save_checkpoint(self.model, self.optimizer, step, self.config, self.facts, self.inputs.shape, proof)
+        read = self.inputs.plan.order_hash(step * self.config.batch.global_batch_size)
+        facts = {**self.facts, "inputs": {"data_order": read}}
+        save_checkpoint(self.model, self.optimizer, step, self.config, facts, self.inputs.shape, proof)
 
     def _step(self, step: int, loader: Loader) -> dict[str, Any]:
         """One update; returns what is logged of it."""

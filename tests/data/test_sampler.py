@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron_cpt.data import Document, IndexedDataset, SamplePlan, build_dataset, reference
-from megatron_cpt.data.sampler import BLOCK, quotas
+from megatron_cpt.config.schema import DataSource, Share, Stage, TrainDataConfig
+from megatron_cpt.data import Document, IndexedDataset, Place, SamplePlan, build_dataset, open_plan, reference
+from megatron_cpt.data.stages import BLOCK
 from megatron_cpt.errors import DataError
 
 SOURCES = {"a": 0.7, "b": 0.2, "c": 0.1}
@@ -37,42 +36,19 @@ def plan_of(prefixes: dict[str, str], seq_length: int = 32, seed: int = 1, **wei
     )
 
 
-@given(weights=st.lists(st.integers(1, 10**6), min_size=1, max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_quotas_are_the_shares_rounded_by_largest_remainder(weights: list[int]) -> None:
-    counts = quotas([float(weight) for weight in weights])
-    shares = [Fraction(weight * BLOCK, sum(weights)) for weight in weights]
-    assert sum(counts) == BLOCK and min(counts) >= 1
-    if min(shares) >= 1:
-        assert all(abs(count - share) < 1 for count, share in zip(counts, shares, strict=True))
-        up = [share % 1 for count, share in zip(counts, shares, strict=True) if count > share]
-        down = [share % 1 for count, share in zip(counts, shares, strict=True) if count <= share]
-        assert min(up, default=Fraction(1)) >= max(down, default=Fraction(0)) - Fraction(1, 10**6)
+@pytest.mark.parametrize("weights", [[], [0.0, 1.0], [-1.0], [float("nan")], [float("inf")]])
+def test_impossible_weights_are_refused(weights: list[float], prefixes: dict[str, str]) -> None:
+    sources = [(prefix, "xx", weight) for prefix, weight in zip(prefixes.values(), weights, strict=False)]
+    with pytest.raises((DataError), match="weights"):
+        SamplePlan(sources, 32, 1)
 
 
-def test_small_weights_get_one_sample_of_each_block() -> None:
-    assert quotas([1.0, 1e-9]) == [999, 1]
-    assert quotas([1e-9] * 3 + [5.0, 5.0]) == [1, 1, 1, 498, 499]
-    assert quotas([1.0] * 1000) == [1] * 1000
-    assert quotas([0.9, 0.1]) == [900, 100]
-
-
-@pytest.mark.parametrize("weights", [[], [0.0, 1.0], [-1.0], [float("nan")], [float("inf")], [1.0] * 1001])
-def test_impossible_weights_are_refused(weights: list[float]) -> None:
-    with pytest.raises(DataError, match="weights"):
-        quotas(weights)
-
-
-def test_every_block_holds_exactly_the_quotas(prefixes: dict[str, str]) -> None:
+def test_a_run_without_end_holds_exactly_the_weights(prefixes: dict[str, str]) -> None:
     plan = plan_of(prefixes)
-    orders = []
-    for block in (0, 1, 2, 10**9):
-        sources = [plan.place(block * BLOCK + slot).source for slot in range(BLOCK)]
-        assert [Counter(sources)[source] for source in range(3)] == plan.quotas == [700, 200, 100]
-        orders.append(tuple(sources))
-        thirds = [Counter(sources[start : start + 250])[0] for start in range(0, BLOCK, 250)]
-        assert min(thirds) > 130, "the sources of a block are not mixed"
-    assert len(set(orders)) == 4
+    for first in (0, 1280, 1280 * 10**9):
+        sources = [plan.place(first + number).source for number in range(1280)]
+        assert [Counter(sources)[source] for source in range(3)] == [896, 256, 128]
+        assert all(6 <= Counter(sources[start : start + 10])[0] <= 8 for start in range(1270))
 
 
 def test_every_epoch_visits_every_window_once_in_another_order(prefixes: dict[str, str]) -> None:
@@ -104,29 +80,17 @@ def test_an_epoch_reads_the_whole_stream(prefixes: dict[str, str]) -> None:
 
 def test_the_order_is_that_of_the_plain_python_rules(prefixes: dict[str, str]) -> None:
     plan = plan_of(prefixes, seed=2**64 - 1)
-    keys = [reference.derive(plan.seed, purpose) for purpose in range(4)]
-    for number in [*range(300), 10**12]:
-        sources, indices = reference.locate(np.array([number]), np.array(plan.quotas), keys[0])
-        source, windows = int(sources[0]), plan.num_windows[int(sources[0])]
-        place = plan.place(number)
-        assert (place.source, place.epoch) == (source, int(indices[0]) // windows)
-        assert place.window == reference.visit(indices, windows, keys[1 + source])[0]
-        assert plan.sample(number).language == f"language-{'abc'[source]}"
-
-
-def test_a_longer_run_and_other_weights_keep_the_order_of_a_source(prefixes: dict[str, str]) -> None:
-    """A plan knows no length, and the visits of one source do not depend on the others."""
-    plan, other = plan_of(prefixes), plan_of(prefixes, a=0.5, b=0.25, c=0.25)
-
-    def visits(plan: SamplePlan, count: int) -> list[tuple[int, int]]:
-        blocks = [plan.place(number) for number in range(4 * BLOCK)]
-        own = sorted((place.epoch, place.window) for place in blocks if place.source == 0)
-        return [visit for visit in own if visit[0] < count]
-
-    whole_epochs = 4 * 500 // plan.num_windows[0]
-    assert visits(plan, whole_epochs) == visits(other, whole_epochs)
-    late_first = [plan.place(number) for number in reversed(range(500))][::-1]
-    assert late_first == [plan_of(prefixes).place(number) for number in range(500)]
+    order = reference.StageOrder(np.array([[7, 7, 0, -1], [2, 2, 0, -1], [1, 1, 0, -1]]), 10, 0, BLOCK)
+    for number in [*range(300), 20_000]:
+        source, index = order.at(number)
+        windows, content = plan.num_windows[source], plan.windows[source].content_hash
+        key = reference.derive(reference.derive(plan.seed, int(content[:16], 16)), int(content[16:32], 16))
+        assert plan.place(number) == Place(source, index // windows, reference.visit(index, windows, key))
+        sample = plan.sample(number)
+        assert sample.language == f"language-{'abc'[source]}" and sample.source == source
+        wanted = plan.windows[source].window(plan.place(number).window)
+        assert np.array_equal(sample.window.tokens_S, wanted.tokens_S)
+        assert np.array_equal(sample.window.labels_S, wanted.labels_S)
 
 
 def test_epochs_counts_the_passes(prefixes: dict[str, str]) -> None:
@@ -138,12 +102,13 @@ def test_epochs_counts_the_passes(prefixes: dict[str, str]) -> None:
     assert plan.epochs(10**15)[prefixes["a"]] == 7 * 10**14 / plan.num_windows[0]
 
 
-def test_the_state_hash_names_the_order(prefixes: dict[str, str], tmp_path: Path) -> None:
+def test_the_order_hash_names_the_samples(prefixes: dict[str, str], tmp_path: Path) -> None:
     plan = plan_of(prefixes)
     for ending in ("bin", "idx", "manifest.json"):
         shutil.copy(f"{prefixes['a']}.{ending}", tmp_path / f"moved.{ending}")
     moved = {**prefixes, "a": str(tmp_path / "moved")}
-    assert plan_of(moved).state_hash == plan.state_hash == plan_of(prefixes, a=1.4, b=0.4, c=0.2).state_hash
+    same = [plan_of(moved), plan_of(prefixes, a=1.4, b=0.4, c=0.2)]
+    assert all(other.order_hash(5) == plan.order_hash(5) for other in same)
     others = [
         plan_of(prefixes, seed=2),
         plan_of(prefixes, seq_length=33),
@@ -151,7 +116,8 @@ def test_the_state_hash_names_the_order(prefixes: dict[str, str], tmp_path: Path
         plan_of(prefixes, b=0.2, a=0.7, c=0.1),
         plan_of({**prefixes, "a": prefixes["b"], "b": prefixes["a"]}),
     ]
-    assert len({plan.state_hash, *(other.state_hash for other in others)}) == 6
+    assert len({plan.order_hash(5), *(other.order_hash(5) for other in others)}) == 6
+    assert others[2].order_hash(0) == plan.order_hash(0) != others[0].order_hash(0)
     assert len({tuple(p.place(n).window for n in range(50)) for p in (plan, others[0])}) == 2
 
 
@@ -167,6 +133,10 @@ def test_impossible_plans_are_refused(prefixes: dict[str, str], documents: list[
     assert SamplePlan([(a, "xx", 1.0)], a.num_tokens - 2, 1).num_windows == [2]
     with pytest.raises(DataError, match="is listed twice"):
         SamplePlan([(a, "xx", 1.0), (prefixes["a"], "xx", 1.0)], 32, 1)
+    for ending in ("bin", "idx", "manifest.json"):
+        shutil.copy(f"{prefixes['a']}.{ending}", tmp_path / f"copy.{ending}")
+    with pytest.raises(DataError, match=r"copy holds the same as .*a; list it once"):
+        SamplePlan([(a, "xx", 1.0), (tmp_path / "copy", "xx", 1.0)], 32, 1)
     with pytest.raises(DataError, match="counted from 0"):
         plan_of(prefixes).sample(-1)
     for seq_length, seed in ((0, 1), (32, -1), (32, 2**64)):
@@ -184,3 +154,33 @@ def test_sources_of_two_tokenizers_are_refused(
     build_dataset(documents, other, tmp_path / "x", "xx")
     with pytest.raises(DataError, match="built with different tokenizers"):
         SamplePlan([(prefixes["a"], "xx", 0.5), (tmp_path / "x", "xx", 0.5)], 32, 1)
+
+
+def test_a_configuration_opens_its_plan(prefixes: dict[str, str]) -> None:
+    """Sources are called by the last part of their prefix; a plan comes out of a pickle as it went in."""
+    data = TrainDataConfig(
+        train=tuple(DataSource(prefix=prefix, language="xx") for prefix in prefixes.values()),
+        stages=(
+            Stage(name="one", tokens=6400, shares=(Share(sources=("a",), share=1.0),)),
+            Stage(name="two", tokens=6400, shares=(Share(sources=("b", "c"), share=(1.0, 2.0)),)),
+        ),
+    )
+    plan = open_plan(data, 32, 1)
+    assert plan.num_samples == 400 and [plan.place(n).stage for n in (0, 199, 200, 399)] == [0, 0, 1, 1]
+    assert plan.order.counts(400) == [200, 100, 100]
+    assert pickle.loads(pickle.dumps(plan)).description == plan.description
+    with pytest.raises(DataError, match="the stages hold 12,800 tokens"):
+        plan.sample(400)
+    manifests = [IndexedDataset(prefixes[name]).manifest for name in "abc"]
+    expected = sum(w * m["bytes_per_token"] for w, m in zip((0.5, 0.25, 0.25), manifests, strict=True))
+    assert plan.bytes_per_token == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_dataset_that_is_built_anew_is_noticed_by_another_process(
+    documents: list[Document], tokenizer: Path, tmp_path: Path
+) -> None:
+    build_dataset(documents[:50], tokenizer, tmp_path / "x", "xx")
+    letter = pickle.dumps(SamplePlan([(tmp_path / "x", "xx")], 32, 1))
+    build_dataset(documents[:49], tokenizer, tmp_path / "x", "xx", overwrite=True)
+    with pytest.raises(DataError, match="was built anew while it was being read"):
+        pickle.loads(letter)
