@@ -1,5 +1,6 @@
 #include "json.hpp"
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -11,7 +12,17 @@ namespace {
 
 constexpr std::uint64_t kOnes = 0x0101010101010101u;
 
-// A set high bit in some byte where `bytes` holds a quote, a backslash or a control character.
+// Eight bytes, the first one lowest.
+std::uint64_t load8(const char* at) {
+  const std::uint64_t bytes = utf8::load8(at);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  return __builtin_bswap64(bytes);
+#else
+  return bytes;
+#endif
+}
+
+// The lowest set bit is the high bit of the lowest byte where `bytes` holds a quote, a backslash or a control character.
 std::uint64_t special(std::uint64_t bytes) {
   const std::uint64_t quote = bytes ^ kOnes * '"';
   const std::uint64_t backslash = bytes ^ kOnes * '\\';
@@ -23,22 +34,35 @@ bool is_special(char byte) { return byte == '"' || byte == '\\' || static_cast<u
 
 // The first byte of a string that does not stand for itself.
 const char* plain_end(const char* at, const char* end) {
-  while (end - at >= 16 && (special(utf8::load8(at)) | special(utf8::load8(at + 8))) == 0) at += 16;
+  while (end - at >= 8) {
+    const std::uint64_t found = special(load8(at));
+    if (found != 0) return at + __builtin_ctzll(found) / 8;
+    at += 8;
+  }
   while (at < end && !is_special(*at)) ++at;
   return at;
 }
 
-int hex_digit(char byte) {
-  if (byte >= '0' && byte <= '9') return byte - '0';
-  if (byte >= 'a' && byte <= 'f') return byte - 'a' + 10;
-  if (byte >= 'A' && byte <= 'F') return byte - 'A' + 10;
-  return -1;
+// The value of each hexadecimal digit, -1 for all other bytes.
+constexpr std::array<std::int8_t, 256> hex_digits() {
+  std::array<std::int8_t, 256> digits{};
+  for (int byte = 0; byte < 256; ++byte) {
+    const int value = byte >= '0' && byte <= '9'   ? byte - '0'
+                      : byte >= 'a' && byte <= 'f' ? byte - 'a' + 10
+                      : byte >= 'A' && byte <= 'F' ? byte - 'A' + 10
+                                                   : -1;
+    digits[static_cast<std::size_t>(byte)] = static_cast<std::int8_t>(value);
+  }
+  return digits;
 }
 
-// The four digits behind "\u", which the scanner has checked.
-char32_t code_unit(const char* digits) {
-  return static_cast<char32_t>(hex_digit(digits[0]) << 12 | hex_digit(digits[1]) << 8 | hex_digit(digits[2]) << 4 |
-                               hex_digit(digits[3]));
+constexpr std::array<std::int8_t, 256> kDigits = hex_digits();
+
+// The number that four hexadecimal digits spell; below 0 where they are none.
+int code_unit(const char* digits) {
+  const auto digit = [digits](int k) -> int { return kDigits[static_cast<unsigned char>(digits[k])]; };
+  const int a = digit(0), b = digit(1), c = digit(2), d = digit(3);
+  return (a | b | c | d) < 0 ? -1 : a << 12 | b << 8 | c << 4 | d;
 }
 
 char unescaped(char letter) {
@@ -54,11 +78,11 @@ char unescaped(char letter) {
 
 // Decodes the "\uXXXX" (or pair of them) at `at` and moves behind it; false for half of a pair.
 bool decode_escape(const char*& at, const char* end, char32_t& code) {
-  code = code_unit(at + 2);
+  code = static_cast<char32_t>(code_unit(at + 2));
   at += 6;
   if ((code & 0xF800) != 0xD800) return true;
   if (code >= 0xDC00 || end - at < 6 || at[0] != '\\' || at[1] != 'u') return false;
-  const char32_t low = code_unit(at + 2);
+  const auto low = static_cast<char32_t>(code_unit(at + 2));
   if ((low & 0xFC00) != 0xDC00) return false;
   code = 0x10000 + ((code & 0x3FF) << 10) + (low & 0x3FF);
   at += 6;
@@ -169,7 +193,8 @@ JsonValue JsonScanner::string() {
     if (*at_ == '"') break;
     if (*at_ != '\\') fail("control characters to be escaped");
     escaped = true;
-    escape();
+    do escape();
+    while (peek() == '\\');
   }
   const JsonValue found{JsonKind::string, escaped, {from, static_cast<std::size_t>(at_ - from)}};
   ++at_;
@@ -179,11 +204,14 @@ JsonValue JsonScanner::string() {
 void JsonScanner::escape() {
   ++at_;
   const char letter = peek();
-  if (letter == '\0' || std::strchr("\"\\/bfnrtu", letter) == nullptr) fail("one of \"\\/bfnrtu behind a backslash");
-  ++at_;
-  if (letter != 'u') return;
-  for (int k = 0; k < 4; ++k, ++at_)
-    if (hex_digit(peek()) < 0) fail("four hexadecimal digits behind \\u");
+  if (letter != 'u') {
+    if (letter == '\0' || std::strchr("\"\\/bfnrt", letter) == nullptr) fail("one of \"\\/bfnrtu behind a backslash");
+    ++at_;
+  } else {
+    ++at_;
+    if (end_ - at_ < 4 || code_unit(at_) < 0) fail("four hexadecimal digits behind \\u");
+    at_ += 4;
+  }
 }
 
 // Reads an object or a list to its end, holding the open brackets instead of calling itself.

@@ -94,11 +94,46 @@ inline std::size_t valid_sequence(const char* at, const char* end) {
   return 0;
 }
 
+constexpr std::ptrdiff_t kStride = 64;
+
+inline bool is_continuation(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
+
+// Whether none of the 64 bytes at `text` is wrong behind the three before it, which must be there. Each byte is
+// judged alone, so that the compiler can judge as many at a time as a register holds.
+inline bool stride_is_valid(const char* text) {
+  const auto* at = reinterpret_cast<const unsigned char*>(text);
+  unsigned char wrong = 0;
+  for (std::ptrdiff_t k = 0; k < kStride; ++k) {
+    const unsigned char now = at[k], first = at[k - 1], second = at[k - 2], third = at[k - 3];
+    const unsigned char continues = (now & 0xC0) == 0x80;
+    const unsigned char must = (first >= 0xC0) | (second >= 0xE0) | (third >= 0xF0);
+    const unsigned char never = ((now & 0xFE) == 0xC0) | (now >= 0xF5);
+    const unsigned char overlong = ((first == 0xE0) & (now < 0xA0)) | ((first == 0xF0) & (now < 0x90));
+    const unsigned char too_high = ((first == 0xED) & (now >= 0xA0)) | ((first == 0xF4) & (now >= 0x90));
+    wrong = static_cast<unsigned char>(wrong | (continues ^ must) | never | overlong | too_high);
+  }
+  return wrong == 0;
+}
+
+inline bool stride_is_ascii(const char* at) {
+  std::uint64_t all = 0;
+  for (std::ptrdiff_t k = 0; k < kStride; k += 8) all |= load8(at + k);
+  return (all & kHighBits) == 0;
+}
+
 // Bytes of the longest prefix that is valid: all of them where the text is.
 inline std::size_t valid_prefix(std::string_view text) {
-  const char* at = text.data();
-  const char* const end = at + text.size();
+  const char* const begin = text.data();
+  const char* const end = begin + text.size();
+  const char* at = begin;
+  bool strides = text.size() > 2 * kStride;
   while (at < end) {
+    if (strides && at - begin >= 3) {
+      strides = false;
+      while (end - at >= kStride && ((stride_is_ascii(at) && static_cast<unsigned char>(at[-1]) < 0x80) || stride_is_valid(at))) at += kStride;
+      do --at;
+      while (is_continuation(*at));  // to the last character, which may be cut
+    }
     if (static_cast<unsigned char>(*at) < 0x80) {
       at += end - at >= 8 && (load8(at) & kHighBits) == 0 ? 8 : 1;
     } else {
@@ -107,7 +142,7 @@ inline std::size_t valid_prefix(std::string_view text) {
       at += size;
     }
   }
-  return static_cast<std::size_t>(at - text.data());
+  return static_cast<std::size_t>(at - begin);
 }
 
 inline bool valid(std::string_view text) { return valid_prefix(text) == text.size(); }
@@ -115,7 +150,7 @@ inline bool valid(std::string_view text) { return valid_prefix(text) == text.siz
 // Characters (code points) of valid UTF-8.
 inline std::size_t count(std::string_view text) {
   std::size_t characters = 0;
-  for (const char byte : text) characters += (static_cast<unsigned char>(byte) & 0xC0) != 0x80;
+  for (const char byte : text) characters += !is_continuation(byte);
   return characters;
 }
 
