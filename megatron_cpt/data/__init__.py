@@ -1,7 +1,7 @@
 """From text files to training samples: documents, indexed datasets, and the order they are visited in."""
 
 from megatron_cpt.data.batches import Batch, batch, scored_bytes, validation_batch
-from megatron_cpt.data.build import build_dataset, check_no_dataset, verify_dataset
+from megatron_cpt.data.build import DatasetBuild, build_dataset, build_files
 from megatron_cpt.data.describe import describe, describe_document, describe_sample, tokenizer_of
 from megatron_cpt.data.documents import Document, is_held_out, read_documents, split_held_out, work_of
 from megatron_cpt.data.indexed import IndexedDataset
@@ -9,11 +9,14 @@ from megatron_cpt.data.loader import Loader
 from megatron_cpt.data.packing import pack_dataset
 from megatron_cpt.data.sampler import SamplePlan, Source, open_plan
 from megatron_cpt.data.stages import Place
+from megatron_cpt.data.verify import trace_document, verify_dataset
 from megatron_cpt.data.windows import IGNORED, Sample, Window, Windows, open_windows
+from megatron_cpt.data.writing import check_no_dataset
 
 __all__ = [
     "IGNORED",
     "Batch",
+    "DatasetBuild",
     "Document",
     "IndexedDataset",
     "Loader",
@@ -25,6 +28,7 @@ __all__ = [
     "Windows",
     "batch",
     "build_dataset",
+    "build_files",
     "check_no_dataset",
     "describe",
     "describe_document",
@@ -37,6 +41,7 @@ __all__ = [
     "scored_bytes",
     "split_held_out",
     "tokenizer_of",
+    "trace_document",
     "validation_batch",
     "verify_dataset",
     "work_of",

@@ -1,23 +1,215 @@
-"""Documents to an indexed dataset: [bos] + the text's tokens + [eos], one sequence a document."""
+"""Corpus files to an indexed dataset: [bos] + the text's tokens + [eos], one sequence a document.
+
+    files --blocks--> parse, encode (any thread) --in order--> parts/NNNNN.* --assembled--> prefix.bin, .idx, manifest
+
+The parts and their journal stand in `<prefix>.parts/` until the dataset is there. The same command after a
+kill goes on from the journal; shards of one job on several machines fill the same folder.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_cpt.config.manifest import sha256_file
+from megatron_cpt import __version__
+from megatron_cpt.data import _native
+from megatron_cpt.data.assembly import assemble
+from megatron_cpt.data.blocks import open_blocks
+from megatron_cpt.data.counting import Counts, manifest_counts
 from megatron_cpt.data.documents import Document
-from megatron_cpt.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, manifest_path
-from megatron_cpt.errors import DataError, VerificationError
+from megatron_cpt.data.encoder import Encoder, check_encoder, open_encoder
+from megatron_cpt.data.indexed import dtype_for
+from megatron_cpt.data.ordered import Progress, run_parts
+from megatron_cpt.data.parts import Notice, Parts, check_shard
+from megatron_cpt.data.tokens import TokenWork
+from megatron_cpt.data.writing import IndexedDatasetWriter, check_no_dataset
+from megatron_cpt.errors import DataError, InputError
+from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
-Progress = Callable[[int, int], None]
+SIDES = ("train", "held_out")
 _BATCH_CHARACTERS = 1 << 20  # texts encoded in one call; bounds the memory, does not change the result
-_TOKENS_AT_ONCE = 1 << 22
+_SPACE_EVERY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class DatasetBuild:
+    """One dataset to build from files; a plain value that another process can take and work on.
+
+    `parts()` names the work, `work(numbers)` does some of it wherever it is called, `assemble()` makes the
+    dataset of the finished parts.
+
+    Args:
+        files: the corpus, in order; jsonl, txt or parquet, plain, gzip or zstd.
+        tokenizer: folder or model file, as `load_tokenizer` takes it.
+        prefix: where to write, without an ending.
+        language: short name of the language, kept in the manifest.
+        held_out: (share of the works, "train" or "held_out"): which side of the split is written. None: all.
+        append_bos: begin each document with the tokenizer's bos (as Llama was trained).
+        append_eos: end each document with its eos.
+        text_field: field or column that holds the text.
+        on_error: "stop" at a broken record, or "skip" it: counted, and logged in `<prefix>.faults.txt`.
+    """
+
+    files: tuple[Path, ...]
+    tokenizer: Path
+    prefix: Path
+    language: str
+    held_out: tuple[float, str] | None = None
+    append_bos: bool = True
+    append_eos: bool = True
+    text_field: str = "text"
+    on_error: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("stop", "skip"):
+            raise InputError(f"on_error={self.on_error!r}: expected 'stop' or 'skip'")
+        if self.held_out is not None and self.held_out[1] not in SIDES:
+            raise InputError(f"held_out side {self.held_out[1]!r}: expected one of {', '.join(SIDES)}")
+
+    @cached_property
+    def _loaded(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return open_encoder(self._loaded, self.append_bos, self.append_eos, dtype_for(self._loaded.vocab_size))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def parts(self) -> Parts:
+        """The job's parts and their journal, in `<prefix>.parts`; part k is the k-th file."""
+        options = {
+            "megatron_cpt": __version__,
+            "tokenizer_sha256": self._loaded.sha256,
+            "language": self.language,
+            "text_field": self.text_field,
+            "append_bos": self.append_bos,
+            "append_eos": self.append_eos,
+            "held_out": list(self.held_out) if self.held_out else None,
+        }
+        return Parts(Path(f"{self.prefix}.parts"), "dataset", options, self.files)
+
+    def check_tokenizer(self) -> None:
+        """Raise DataError where the tokenizer lacks the bos or eos that is asked for."""
+        _check_borders(self._loaded, self.append_bos, self.append_eos)
+
+    def work(
+        self,
+        numbers: Sequence[int],
+        workers: int = 1,
+        on_progress: Progress | None = None,
+        notice: Notice | None = None,
+    ) -> None:
+        """Encode the parts `numbers` with `workers` threads, each from where its journal says.
+
+        Raises:
+            DataError: a broken file or record, or no room on the disk.
+            VerificationError: the encoder and the reference library differ on a document.
+        """
+        parts = self.parts()
+        loaded, encoder = self._loaded, self._encoder
+        run_parts(
+            parts,
+            numbers,
+            lambda path, start: open_blocks(path, self.text_field, start),
+            lambda part: TokenWork(part, encoder, loaded, self.held_out, self.on_error),
+            workers,
+            _with_space_check(parts, on_progress),
+            notice,
+        )
+
+    def assemble(self) -> dict[str, Any]:
+        """Make the dataset of the finished parts, remove their folder, and return the manifest.
+
+        Raises:
+            DataError: no document in any part; or faults, where `on_error` is "stop".
+        """
+        parts = self.parts()
+        loaded, encoder = self._loaded, self._encoder
+        fields = {
+            "encoder": {"name": encoder.name, "reason": encoder.reason},
+            "held_out": list(self.held_out) if self.held_out else None,
+            "text_field": self.text_field,
+            **_tokenizer_fields(loaded, self.language, self.append_bos, self.append_eos),
+        }
+        manifest = assemble(parts, self.prefix, loaded.vocab_size, self.on_error, {"tokenizer": loaded.sha256}, fields)
+        parts.remove()
+        return manifest
+
+
+def build_files(
+    files: Iterable[str | Path],
+    tokenizer: str | Path,
+    prefix: str | Path,
+    language: str,
+    workers: int = 1,
+    held_out: tuple[float, str] | None = None,
+    append_bos: bool = True,
+    append_eos: bool = True,
+    text_field: str = "text",
+    on_error: str = "stop",
+    shard: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+    notice: Notice | None = None,
+) -> dict[str, Any]:
+    """Write `<prefix>.bin`, `.idx` and `.manifest.json` from corpus files, in their order.
+
+    The result depends neither on `workers` nor on how often the command was stopped and repeated. Documents
+    with an empty text are left out and counted. The arguments that are not here are those of `DatasetBuild`.
+
+    Args:
+        files: see `DatasetBuild`, as the others.
+        tokenizer: likewise.
+        prefix: likewise.
+        language: likewise.
+        workers: threads; each needs a few MB, the whole process less than 1 GiB whatever the input.
+        held_out: likewise.
+        append_bos: likewise.
+        append_eos: likewise.
+        text_field: likewise.
+        on_error: likewise.
+        shard: (i, n), i from 0: work on every n-th file only and leave the rest, and the dataset, to others.
+        overwrite: replace a dataset that is already there, and drop what another job has left unfinished.
+        on_progress: called with (bytes done, bytes in all) of the files as they are on disk.
+        notice: is told when work that was done is done again.
+
+    Returns:
+        The manifest (see docs/formats/indexed_dataset.md); with `shard`: `shard` and the `files` it has done.
+
+    Raises:
+        DataError: nothing to write, a dataset is there already, a broken file, or no room on the disk.
+        VerificationError: the encoder and the reference library differ on a document.
+    """
+    paths = tuple(Path(path) for path in files)
+    build = DatasetBuild(
+        paths, Path(tokenizer), Path(prefix), language, held_out, append_bos, append_eos, text_field, on_error
+    )
+    if shard is not None:
+        check_shard(shard)
+    parts = build.parts()
+    if not overwrite and not parts.is_begun():
+        check_no_dataset(prefix)
+    build.check_tokenizer()
+    parts.claim(replace=overwrite)
+    if shard is not None:
+        build.work(parts.pending(shard), workers, on_progress, notice)
+        return {"shard": f"{shard[0]}/{shard[1]}", "files": [str(path) for path in paths[shard[0] :: shard[1]]]}
+    with lock_folder(parts.folder, ".building"):
+        try:
+            build.work(parts.pending(), workers, on_progress, notice)
+            return build.assemble()
+        except BaseException:
+            parts.discard_untouched()
+            raise
 
 
 def build_dataset(
@@ -25,85 +217,80 @@ def build_dataset(
     tokenizer_path: str | Path,
     prefix: str | Path,
     language: str,
-    num_threads: int = 1,
     append_bos: bool = True,
     append_eos: bool = True,
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `<prefix>.bin`, `.idx` and `.manifest.json` from documents, in their order.
-
-    The result does not depend on `num_threads`. Documents with an empty text are left out and counted.
+    """Write a dataset from documents in memory, in their order; what `build_files` does for files.
 
     Args:
         documents: the texts; a generator is read once and never held.
         tokenizer_path: folder or model file, as `load_tokenizer` takes it.
         prefix: where to write, without an ending.
         language: short name of the language, kept in the manifest.
-        num_threads: threads of the tokenizer.
         append_bos: begin each document with the tokenizer's bos (as Llama was trained).
         append_eos: end each document with its eos.
-        inputs: name -> SHA-256 of the files the documents came from, for the manifest.
+        inputs: name -> SHA-256 of what the documents were made from, for the manifest.
         overwrite: replace a dataset that is already there.
         on_progress: called with (documents done, documents in all or 0 when unknown).
 
     Returns:
-        The manifest: `documents`, `empty_documents`, `tokens`, `text_bytes` (UTF-8), `bytes_per_token`
-        (text_bytes / tokens, bos and eos counted), `vocab_size`, `tokenizer_sha256`, `append_bos`,
-        `append_eos`, `language`, `outputs` (bytes and SHA-256 of each file).
+        The manifest.
 
     Raises:
         DataError: nothing to write, a dataset is there already, or the tokenizer lacks bos or eos.
+        VerificationError: the encoder and the reference library differ on a document.
     """
     if not overwrite:
         check_no_dataset(prefix)
-    tokenizer = load_tokenizer(tokenizer_path)
-    head = _border_ids(tokenizer.bos_id, append_bos, "bos", tokenizer)
-    tail = _border_ids(tokenizer.eos_id, append_eos, "eos", tokenizer)
+    loaded = load_tokenizer(tokenizer_path)
+    _check_borders(loaded, append_bos, append_eos)
+    encoder = open_encoder(loaded, append_bos, append_eos, dtype_for(loaded.vocab_size))
     total = len(documents) if isinstance(documents, Sized) else 0
-    digest, text_bytes, empty, done = hashlib.sha256(), 0, 0, 0
-    with IndexedDatasetWriter(prefix, tokenizer.vocab_size) as writer:
-        for texts in _batches(documents):
-            full = [text for text in texts if text]
-            for text, ids in zip(full, tokenizer.encode_batch(full, num_threads), strict=True):
+    digest, counts, done = hashlib.sha256(), Counts(), 0
+    with IndexedDatasetWriter(prefix, loaded.vocab_size) as writer:
+        for number, texts in enumerate(_batches(documents)):
+            if number & (number - 1) == 0:
+                check_encoder(encoder, loaded, texts[:1])
+            for text in texts:
                 encoded = text.encode()
-                digest.update(len(encoded).to_bytes(8, "little") + encoded)
-                text_bytes += len(encoded)
-                writer.add(head + ids + tail)
-            empty += len(texts) - len(full)
+                if encoded:
+                    digest.update(len(encoded).to_bytes(8, "little") + encoded)
+            block = _native.Block.from_texts(texts)
+            result = encoder.encode(block)
+            counts.add(result, block.text_bytes)
+            writer.add_documents(result.tokens, result.lengths[result.lengths > 0])
             done += len(texts)
             if on_progress is not None:
                 on_progress(done, total)
         return writer.finish(
-            {**(inputs or {}), "text": digest.hexdigest(), "tokenizer": tokenizer.sha256},
-            empty_documents=empty,
-            text_bytes=text_bytes,
-            bytes_per_token=text_bytes / max(1, writer.num_tokens),
-            language=language,
-            tokenizer=str(Path(tokenizer_path).resolve()),
-            tokenizer_sha256=tokenizer.sha256,
-            append_bos=append_bos,
-            append_eos=append_eos,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
+            {**(inputs or {}), "text": digest.hexdigest(), "tokenizer": loaded.sha256},
+            **{name: value for name, value in manifest_counts(counts).items() if name not in ("documents", "tokens")},
+            encoder={"name": encoder.name, "reason": encoder.reason},
+            **_tokenizer_fields(loaded, language, append_bos, append_eos),
         )
 
 
-def check_no_dataset(prefix: str | Path) -> None:
-    """Raise DataError when there is a dataset at `prefix` already."""
-    if manifest_path(prefix).exists():
-        raise DataError(f"{prefix} already holds a dataset; choose another prefix or ask to overwrite it")
+def _tokenizer_fields(loaded: Tokenizer, language: str, append_bos: bool, append_eos: bool) -> dict[str, Any]:
+    return {
+        "language": language,
+        "tokenizer": str(loaded.path.resolve()),
+        "tokenizer_sha256": loaded.sha256,
+        "append_bos": append_bos,
+        "append_eos": append_eos,
+        "bos_id": loaded.bos_id,
+        "eos_id": loaded.eos_id,
+    }
 
 
-def _border_ids(token: int | None, wanted: bool, name: str, tokenizer: Tokenizer) -> list[int]:
-    if not wanted:
-        return []
-    if token is None:
-        raise DataError(
-            f"tokenizer {tokenizer.path} has no {name} piece; build without {name} or use another tokenizer"
-        )
-    return [token]
+def _check_borders(loaded: Tokenizer, append_bos: bool, append_eos: bool) -> None:
+    for name, token, wanted in (("bos", loaded.bos_id, append_bos), ("eos", loaded.eos_id, append_eos)):
+        if wanted and token is None:
+            raise DataError(
+                f"tokenizer {loaded.path} has no {name} piece; build without {name} or use another tokenizer"
+            )
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
@@ -119,50 +306,24 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
         yield batch
 
 
-def verify_dataset(prefix: str | Path, on_progress: Progress | None = None) -> dict[str, Any]:
-    """Prove that a dataset is what its manifest says: hashes, every token id, bos and eos of every document.
+def _with_space_check(parts: Parts, on_progress: Progress | None) -> Progress:
+    """A progress function that refuses early what the disk will not hold, by the ratio found so far."""
+    asked = -_SPACE_EVERY_BYTES
+    copies = 2 if len(parts.inputs) > 1 else 1
 
-    Args:
-        prefix: path of the dataset without an ending.
-        on_progress: called with (tokens checked, tokens in all).
-
-    Returns:
-        `prefix`, `documents`, `tokens`, `largest_id`, `distinct_ids` and the two hashes.
-
-    Raises:
-        DataError: the files do not fit each other in size or form.
-        VerificationError: they do, and their content is not what was written.
-    """
-    dataset = IndexedDataset(prefix)
-    hashes = {}
-    for ending, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
-        hashes[ending] = sha256_file(path)
-        if hashes[ending] != dataset.manifest["outputs"][ending]["sha256"]:
-            raise VerificationError(f"{path} was changed after it was built (its SHA-256 differs); build it again")
-    seen = np.zeros(dataset.vocab_size, bool)
-    for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
-        stop = min(start + _TOKENS_AT_ONCE, dataset.num_tokens)
-        seen[dataset.tokens(start, stop)[0]] = True
+    def check(done: int, total: int) -> None:
+        nonlocal asked
+        if done - asked >= _SPACE_EVERY_BYTES and done:
+            asked = done
+            held = sum(path.stat().st_size for path in parts.folder.iterdir())
+            disk = os.statvfs(parts.folder)
+            free, needed = disk.f_bavail * disk.f_frsize, int(held / done * total) * copies - held
+            if needed > free:
+                raise DataError(
+                    f"{parts.folder}: about {needed / 1e9:.1f} GB more are needed there, {free / 1e9:.1f} GB are free; "
+                    "free some space or write elsewhere, then run the command again: it goes on from here"
+                )
         if on_progress is not None:
-            on_progress(stop, dataset.num_tokens)
-    _check_borders(dataset)
-    used = np.flatnonzero(seen)
-    return {
-        "prefix": str(prefix),
-        "documents": dataset.num_documents,
-        "tokens": dataset.num_tokens,
-        "largest_id": int(used[-1]),
-        "distinct_ids": len(used),
-        **{f"{ending}_sha256": value for ending, value in hashes.items()},
-    }
+            on_progress(done, total)
 
-
-def _check_borders(dataset: IndexedDataset) -> None:
-    starts = dataset.document_starts
-    for name, positions in (("bos", starts[:-1]), ("eos", starts[1:] - 1)):
-        if not dataset.manifest[f"append_{name}"]:
-            continue
-        expected = dataset.manifest[f"{name}_id"]
-        wrong = np.flatnonzero(dataset.stream[positions] != expected)
-        if len(wrong):
-            raise VerificationError(f"document {wrong[0]} of {dataset.prefix} lacks its {name} ({expected})")
+    return check

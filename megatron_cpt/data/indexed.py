@@ -8,30 +8,25 @@ numbers (i64). `<prefix>.manifest.json` is ours: written last, it makes the pair
 
 from __future__ import annotations
 
-import os
 import struct
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.config.manifest import read_manifest, sha256_file, write_manifest
+from megatron_cpt.config.manifest import read_manifest, sha256_file
 from megatron_cpt.data import _native
 from megatron_cpt.errors import DataError
 
 Int64s = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.integer[Any]]
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
-_ENTRIES_AT_ONCE = 1 << 20
-_LONGEST_DOCUMENT = 2**31 - 1  # lengths are i32
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+ENTRIES_AT_ONCE = 1 << 20
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -54,111 +49,11 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
-class IndexedDatasetWriter:
-    """Writes a dataset, one document at a time, under temporary names.
-
-    `finish` moves the files to their names and writes the manifest last. Leaving the `with` block
-    without `finish` removes everything; a dataset that stood there before stays until `finish`.
-
-    Args:
-        prefix: path of the dataset without an ending; its folder is made.
-        vocab_size: number of ids; decides the type on disk, larger ids are refused.
-    """
-
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
-        self.prefix = Path(prefix)
-        self.vocab_size = vocab_size
-        self.dtype = dtype_for(vocab_size)
-        self.lengths = array("i")
-        self.num_tokens = 0
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._temporary("bin")
-        self._file = open(self._bin, "wb", buffering=1 << 20)  # noqa: SIM115 - closed in __exit__
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        for ending in ("bin", "idx"):
-            self._temporary(ending).unlink(missing_ok=True)
-
-    def add(self, ids: list[int] | Tokens) -> None:
-        """Append one document.
-
-        Raises:
-            DataError: no ids, more than an index entry can count, or an id outside of the vocabulary.
-        """
-        row = np.asarray(ids, dtype=np.int64)
-        if not 0 < len(row) <= _LONGEST_DOCUMENT:
-            raise DataError(f"a document of {len(row)} tokens; expected 1 to {_LONGEST_DOCUMENT}")
-        low, high = int(row.min()), int(row.max())
-        if low < 0 or high >= self.vocab_size:
-            raise DataError(
-                f"token id {low if low < 0 else high} in document {len(self.lengths)}, expected 0 to "
-                f"{self.vocab_size - 1}; give the tokenizer that made these ids"
-            )
-        self._file.write(row.astype(self.dtype).tobytes())
-        self.lengths.append(len(row))
-        self.num_tokens += len(row)
-
-    def finish(self, inputs: dict[str, str], **fields: Any) -> dict[str, Any]:
-        """Make the dataset loadable and return its manifest.
-
-        Args:
-            inputs: name -> SHA-256 of what it was made from.
-            fields: further entries of the manifest.
-
-        Raises:
-            DataError: nothing was added.
-        """
-        if not self.lengths:
-            raise DataError(f"no document to write to {self.prefix}: the corpus is empty")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._write_index()
-        manifest_path(self.prefix).unlink(missing_ok=True)  # from here until the end there is no dataset
-        outputs = {}
-        for ending, path in (("bin", bin_path(self.prefix)), ("idx", idx_path(self.prefix))):
-            temporary = self._temporary(ending)
-            outputs[ending] = {"bytes": temporary.stat().st_size, "sha256": sha256_file(temporary)}
-            os.replace(temporary, path)
-        write_manifest(
-            manifest_path(self.prefix),
-            "shards",
-            inputs,
-            vocab_size=self.vocab_size,
-            documents=len(self.lengths),
-            tokens=self.num_tokens,
-            outputs=outputs,
-            **fields,
-        )
-        return read_manifest(manifest_path(self.prefix), "shards", DataError)
-
-    def _temporary(self, ending: str) -> Path:
-        return self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.{ending}.tmp")
-
-    def _write_index(self) -> None:
-        count = len(self.lengths)
-        lengths = np.frombuffer(self.lengths, dtype=np.int32)
-        with open(self._temporary("idx"), "wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], count, count + 1))
-            file.write(lengths.astype("<i4").tobytes())
-            for start, ends in _running_ends(lengths):
-                file.write(((ends - lengths[start : start + len(ends)]) * self.dtype.itemsize).astype("<i8").tobytes())
-            for start in range(0, count + 1, _ENTRIES_AT_ONCE):
-                file.write(np.arange(start, min(start + _ENTRIES_AT_ONCE, count + 1), dtype="<i8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _running_ends(lengths: npt.NDArray[np.int32]) -> Iterator[tuple[int, Int64s]]:
+def running_ends(lengths: npt.NDArray[np.int32]) -> Iterator[tuple[int, Int64s]]:
     """Token position at which each sequence ends, in blocks: (first sequence of the block, ends)."""
     total = 0
-    for start in range(0, len(lengths), _ENTRIES_AT_ONCE):
-        ends = np.cumsum(lengths[start : start + _ENTRIES_AT_ONCE], dtype=np.int64) + total
+    for start in range(0, len(lengths), ENTRIES_AT_ONCE):
+        ends = np.cumsum(lengths[start : start + ENTRIES_AT_ONCE], dtype=np.int64) + total
         total = int(ends[-1])
         yield start, ends
 
@@ -198,27 +93,27 @@ class IndexedDataset:
         """Map both files and check every length and offset of the index against the token stream."""
         path, size = idx_path(self.prefix), idx_path(self.prefix).stat().st_size
         with open(path, "rb") as file:
-            header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size or header[:9] != _MAGIC:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size or header[:9] != MAGIC:
             raise DataError(
                 f"{path} is not an index of tokens (it does not begin with MMIDIDX); build the dataset again"
             )
-        _, version, code, sequences, borders = _HEADER.unpack(header)
-        if version != 1 or code not in _DTYPES:
+        _, version, code, sequences, borders = HEADER.unpack(header)
+        if version != 1 or code not in DTYPES:
             raise DataError(
                 f"{path} has version {version} and type code {code}; expected version 1 and an integer type"
             )
-        expected = _HEADER.size + 12 * sequences + 8 * borders
+        expected = HEADER.size + 12 * sequences + 8 * borders
         if size != expected:
             raise DataError(
                 f"{path} has {size} bytes, {sequences} sequences and {borders} document borders need {expected}; "
                 "it was cut short or holds image modes, build the dataset again"
             )
-        self.dtype = np.dtype(_DTYPES[code]).newbyteorder("<")
+        self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
         index = np.memmap(path, mode="r")
-        lengths = np.frombuffer(index, "<i4", sequences, _HEADER.size)
-        offsets = np.frombuffer(index, "<i8", sequences, _HEADER.size + 4 * sequences)
-        documents = np.frombuffer(index, "<i8", borders, _HEADER.size + 12 * sequences)
+        lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
+        offsets = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
+        documents = np.frombuffer(index, "<i8", borders, HEADER.size + 12 * sequences)
         self._check_index(lengths, offsets, documents)
         self.stream: Tokens = np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r").view(np.ndarray)
         starts = np.append(offsets, self.stream.nbytes)[documents] // self.dtype.itemsize
@@ -229,7 +124,7 @@ class IndexedDataset:
     def _check_index(self, lengths: Any, offsets: Any, documents: Any) -> None:
         path, size = idx_path(self.prefix), bin_path(self.prefix).stat().st_size
         total = 0
-        for start, ends in _running_ends(lengths):
+        for start, ends in running_ends(lengths):
             block = lengths[start : start + len(ends)]
             if block.min() < 0 or not np.array_equal(
                 offsets[start : start + len(ends)], (ends - block) * self.dtype.itemsize

@@ -23,14 +23,14 @@ _LEAST_IN_FLIGHT = 32 << 20
 
 
 class RawItem(Protocol):
-    """A block as it was read: `position` is the place behind it, `num_bytes` what it takes in memory."""
+    """A block as it was read: `position` is the place behind it, `held_bytes` what it takes in memory."""
 
     @property
     def position(self) -> dict[str, Any]:
         """Where to read on after this block, as JSON."""
 
     @property
-    def num_bytes(self) -> int:
+    def held_bytes(self) -> int:
         """Bytes of the block in memory."""
 
 
@@ -133,7 +133,7 @@ class _Lane:
             raise result.cause
         assert raw is not None
         self.work.write(result)
-        self.since_commit += raw.num_bytes
+        self.since_commit += raw.held_bytes
         if self.since_commit >= COMMIT_BYTES:
             self.part.commit(raw.position, self.next_write + 1, self.work.state())
             self.since_commit = 0
@@ -149,7 +149,7 @@ class _Place:
     """The position and size of a block, once its bytes are no longer needed."""
 
     def __init__(self, raw: RawItem) -> None:
-        self.position, self.num_bytes = raw.position, raw.num_bytes
+        self.position, self.held_bytes = raw.position, raw.held_bytes
 
 
 class _Job:
@@ -234,7 +234,7 @@ class _Job:
             number = lane.next_read
             lane.next_read += 1
             lane.reading, lane.exhausted = False, raw is None
-            self.in_flight += (0 if raw is None else raw.num_bytes) - _BLOCK_BYTES
+            self.in_flight += (0 if raw is None else raw.held_bytes) - _BLOCK_BYTES
             self.changed.notify_all()
         if raw is None:
             return number, None, result
@@ -260,7 +260,7 @@ class _Job:
             with self.changed:
                 lane.next_write += 1
                 lane.writing = False
-                self.in_flight -= 0 if place is None else place.num_bytes
+                self.in_flight -= 0 if place is None else place.held_bytes
                 if ended:
                     self.lanes.remove(lane)
                     self.finished += lane.part.input_bytes

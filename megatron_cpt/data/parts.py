@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Parts:
         Raises:
             DataError: a missing or repeated input, or a folder that holds something else.
         """
-        self._check_inputs()
+        self.check_inputs()
         if self.folder.exists() and not (self.folder / _JOB).exists() and any(self.folder.iterdir()):
             raise DataError(f"{self.folder} is not empty and holds no job; move it away or write to another place")
         if replace and (self.folder / _JOB).exists() and self._differences():
@@ -79,7 +79,8 @@ class Parts:
                 "repeat the command that began it, or remove that folder to begin anew"
             )
 
-    def _check_inputs(self) -> None:
+    def check_inputs(self) -> None:
+        """Raise DataError for inputs that are missing, or given twice."""
         seen: dict[str, Path] = {}
         for path in self.inputs:
             if not path.is_file():
@@ -143,7 +144,7 @@ class Parts:
 
     def discard_untouched(self) -> None:
         """Remove the folder where no journal holds anything and nobody works: the attempt has gained nothing."""
-        if any(self.folder.glob("*[0-9].json")):
+        if not self.folder.exists() or any(self.folder.glob("*[0-9].json")):
             return
         try:
             with ExitStack() as held:
@@ -315,9 +316,7 @@ def _locked(path: Path, input: Path) -> Iterator[None]:
         yield
 
 
-def check_shard(shard: tuple[int, int], inputs: Sequence[Path]) -> None:
+def check_shard(shard: tuple[int, int]) -> None:
     """Raise DataError for a shard that cannot be: (i, n) with i from 0 to n - 1."""
     if not 0 <= shard[0] < shard[1]:
         raise DataError(f"shard {shard[0]}/{shard[1]}: expected i/n with i from 0 to n - 1 (n tasks over the files)")
-    if shard[1] > len(inputs):
-        raise DataError(f"{shard[1]} shards of {len(inputs)} files: a file is not split; ask for at most {len(inputs)}")

@@ -19,7 +19,7 @@ from megatron_cpt.config.schema import (
     TrainDataConfig,
     ValidationSource,
 )
-from megatron_cpt.data import build_dataset
+from megatron_cpt.data import build_dataset, build_files
 from megatron_cpt.data.world import write_world
 from megatron_cpt.errors import ConfigError, VerificationError
 from megatron_cpt.evaluation import logit_parity
@@ -274,11 +274,20 @@ class Run:
 
     def _build(self, folder: Path, tokenizer: Path, corpus: Corpus) -> tuple[str, str]:
         """Build the datasets `<language>.train` and `<language>.held_out`; returns their prefixes."""
-        texts = {"train": corpus.train(), "held_out": corpus.held_out()}
-        prefixes = {side: folder / f"{corpus.language}.{side}" for side in texts}
-        for side, documents in texts.items():
-            build_dataset(documents, tokenizer, prefixes[side], corpus.language, num_threads=2, overwrite=True)
-        return str(prefixes["train"]), str(prefixes["held_out"])
+        train, held_out = (folder / f"{corpus.language}.{side}" for side in ("train", "held_out"))
+        build_dataset(corpus.held_out(), tokenizer, held_out, corpus.language, overwrite=True)
+        side = (corpus.fraction, "train") if corpus.held_out_files is None else None
+        build_files(
+            corpus.files,
+            tokenizer,
+            train,
+            corpus.language,
+            workers=2,
+            held_out=side,
+            text_field=corpus.text_field,
+            overwrite=True,
+        )
+        return str(train), str(held_out)
 
     def _sources(self, train: dict[str, tuple[Corpus, float]], validation: dict[str, Corpus]) -> TrainDataConfig:
         return TrainDataConfig(

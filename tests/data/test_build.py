@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import megatron_cpt.data.indexed
+import megatron_cpt.data.writing
 from megatron_cpt.config.manifest import sha256_file
 from megatron_cpt.data import (
     Document,
@@ -55,15 +55,13 @@ def test_the_manifest_counts_exactly(documents: list[Document], tokenizer: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.manifest.json"]
 
 
-def test_the_result_depends_neither_on_threads_nor_on_batches(
+def test_the_result_does_not_depend_on_batches(
     documents: list[Document], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build_dataset(documents, tokenizer, tmp_path / "a", "xx")
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr("megatron_cpt.data.build._BATCH_CHARACTERS", 500)
-    second = build_dataset(
-        documents, tokenizer, tmp_path / "b", "xx", num_threads=3, on_progress=lambda *at: seen.append(at)
-    )
+    second = build_dataset(documents, tokenizer, tmp_path / "b", "xx", on_progress=lambda *at: seen.append(at))
     assert first == second
     assert len(seen) > 10 and seen[-1] == (len(documents), len(documents))
 
@@ -94,7 +92,7 @@ def test_a_crash_while_files_are_moved_leaves_nothing_loadable(
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    owner = megatron_cpt.data.indexed.os if step == "replace" else megatron_cpt.data.indexed
+    owner = megatron_cpt.data.writing.os if step == "replace" else megatron_cpt.data.writing
     monkeypatch.setattr(owner, step, crash)
     with pytest.raises(KeyboardInterrupt):
         build_dataset(documents, tokenizer, tmp_path / "x", "xx", overwrite=True)

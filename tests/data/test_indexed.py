@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.data import IndexedDataset
-from megatron_cpt.data.indexed import IndexedDatasetWriter
+from megatron_cpt.data.writing import IndexedDatasetWriter
 from megatron_cpt.errors import DataError
 
 

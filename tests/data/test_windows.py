@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.data import IGNORED, Document, IndexedDataset, Window, build_dataset, open_windows, pack_dataset
-from megatron_cpt.data.indexed import IndexedDatasetWriter
+from megatron_cpt.data.writing import IndexedDatasetWriter
 from megatron_cpt.errors import DataError
 
 SEQ_LENGTHS = [1, 2, 7, 64, 100_000]

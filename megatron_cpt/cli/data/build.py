@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
 from megatron_cpt.cli.data.facts import show_facts
 
 if TYPE_CHECKING:
-    from megatron_cpt.data import Document
+    from megatron_cpt.data import DatasetBuild
 
 
 def build(
@@ -22,62 +22,86 @@ def build(
     output: Annotated[str, typer.Option(help="Prefix of the dataset to write.")],
     language: Annotated[str, typer.Option(help="Short name of the language, such as ja.")] = "",
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    workers: Annotated[int, typer.Option(min=1, help="Threads of the tokenizer.")] = 1,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a core.")] = None,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the works to hold out.")] = 0.0,
     only_held_out: Annotated[bool, typer.Option("--only-held-out", help="Write the held-out side.")] = False,
     bos: Annotated[bool, typer.Option(help="Begin each document with bos.")] = True,
     eos: Annotated[bool, typer.Option(help="End each document with eos.")] = True,
+    on_error: Annotated[str, typer.Option(metavar="stop|skip", help="What to do at a broken record.")] = "stop",
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Work on every N-th file from the I-th (from 0).")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write OUTPUT.bin and OUTPUT.idx, readable by megatron-core, from corpus files.
 
-    With --held-out F, works (ids up to '#') are split by a hash: one call without and one with
-    --only-held-out give two disjoint datasets.
+    Killed at any moment, the same command goes on where it was and ends with the same bytes. With --shard I/N
+    the files are shared out over N commands, on one machine or several with a common file system; the same
+    command without --shard then makes what is missing, and the dataset. With --held-out F, works (ids up to
+    '#') are split by a hash: one call without and one with --only-held-out give two disjoint datasets.
     """
-    from megatron_cpt.config.manifest import sha256_file
     from megatron_cpt.config.schema import LANGUAGE_PATTERN, LANGUAGE_RULE
-    from megatron_cpt.data import build_dataset, check_no_dataset, is_held_out, read_documents
+    from megatron_cpt.data import DatasetBuild, build_files, check_no_dataset
     from megatron_cpt.errors import InputError
 
     if only_held_out and not held_out:
         raise InputError("--only-held-out without --held-out: say which share of the works, such as 0.05")
     if language and not re.fullmatch(LANGUAGE_PATTERN, language):
         raise InputError(f"--language {language}: expected {LANGUAGE_RULE}")
+    side = (held_out, "held_out" if only_held_out else "train") if held_out else None
     if dry_run:
         if not overwrite:
             check_no_dataset(output)
-        mine = (d for d in read_documents(files, text_field) if is_held_out(d, held_out) == only_held_out)
-        emit(_plan_of(files, tokenizer, output, mine), as_json, show_facts)
+        job = DatasetBuild(tuple(files), tokenizer, Path(output), language, side, bos, eos, text_field, on_error)
+        emit(_plan_of(job), as_json, show_facts)
         return
     with progress(f"Building {output}") as advance:
-        documents = read_documents(files, text_field, language, on_progress=advance)
-        manifest = build_dataset(
-            (document for document in documents if is_held_out(document, held_out) == only_held_out),
+        made = build_files(
+            files,
             tokenizer,
             output,
             language,
-            num_threads=workers,
+            workers=workers or len(os.sched_getaffinity(0)),
+            held_out=side,
             append_bos=bos,
             append_eos=eos,
-            inputs={str(file): sha256_file(file) for file in files if file.is_file()},
+            text_field=text_field,
+            on_error=on_error,
+            shard=_shard_of(shard),
             overwrite=overwrite,
+            on_progress=advance,
+            notice=lambda text: typer.echo(text, err=True),
         )
-    emit({"prefix": output, **manifest}, as_json, show_facts)
+    emit({"prefix": output, **made}, as_json, show_facts)
 
 
-def _plan_of(files: list[Path], tokenizer: Path, output: str, documents: Iterable[Document]) -> dict[str, Any]:
+def _shard_of(text: str) -> tuple[int, int] | None:
+    from megatron_cpt.errors import InputError
+
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise InputError(f"--shard {text}: expected I/N such as 0/8, I from 0")
+    return int(match[1]), int(match[2])
+
+
+def _plan_of(job: DatasetBuild) -> dict[str, Any]:
+    from megatron_cpt.data import is_held_out, read_documents
     from megatron_cpt.errors import DataError
     from megatron_cpt.tokenizer import load_tokenizer
 
-    loaded = load_tokenizer(tokenizer)
-    first = next((document for document in documents if document.text), None)
+    job.parts().check_inputs()
+    loaded = load_tokenizer(job.tokenizer)
+    fraction, side = job.held_out or (0.0, "train")
+    documents = read_documents(job.files, job.text_field, on_error=job.on_error)
+    mine = (d for d in documents if d.text and is_held_out(d, fraction) == (side == "held_out"))
+    first = next(mine, None)
     if first is None:
-        raise DataError(f"no document to write to {output}: the corpus, or this side of it, is empty")
+        raise DataError(f"no document to write to {job.prefix}: the corpus, or this side of it, is empty")
     return {
-        "output": output,
-        "files": {str(file): file.stat().st_size for file in files},
+        "output": str(job.prefix),
+        "files": {str(file): file.stat().st_size for file in job.files},
         "vocab_size": loaded.vocab_size,
         "tokenizer_sha256": loaded.sha256,
         "first_document": {"source": first.source, "ids": loaded.encode(first.text)[:16]},

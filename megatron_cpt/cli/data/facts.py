@@ -22,6 +22,8 @@ def show_facts(value: dict[str, Any]) -> RenderableType:
                 parts += [Rule(f"{piece['tokens']} tokens"), Text(piece["text"])]
         elif name == "text":
             parts.append(Text(fact))
+        elif name == "sources":
+            table.add_row(name, Text(f"{len(fact)}: " + ", ".join(source["path"] for source in fact[:3])))
         elif name != "ids":
             table.add_row(name, Text(f"{fact:,}" if type(fact) is int else str(fact)))
     return Group(*parts)

@@ -37,10 +37,14 @@ def inspect(
     emit(value, as_json, show_facts)
 
 
-def verify(prefix: Prefix, as_json: JsonOption = False) -> None:
-    """Prove that a dataset is whole: sizes, hashes, every token id, bos and eos of every document."""
+def verify(
+    prefix: Prefix,
+    inputs: Annotated[bool, typer.Option("--inputs", help="Also hash the files it was built from.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that a dataset is whole: sizes, hashes, counts, every token id, bos and eos of every document."""
     from megatron_cpt.data import verify_dataset
 
     with progress(f"Verifying {prefix}") as advance:
-        value = verify_dataset(prefix, on_progress=advance)
+        value = verify_dataset(prefix, inputs, on_progress=advance)
     emit(value, as_json, show_facts)

@@ -1,0 +1,81 @@
+"""The work on one part of a dataset: parse a block, encode it, append its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+
+from megatron_cpt.data.blocks import stop_at_fault
+from megatron_cpt.data.counting import Counts
+from megatron_cpt.data.encoder import Encoded, Encoder, check_encoder
+from megatron_cpt.data.parts import Part
+from megatron_cpt.data.writing import check_ids
+from megatron_cpt.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    encoded: Encoded
+    text_bytes: int
+    checked: int
+    faults: list[tuple[int, str]]
+
+
+class TokenWork:
+    """Encodes the blocks of a part into its files `tokens`, `lengths` (int32) and `faults` (lines of text).
+
+    Blocks 0, 1, 2, 4, 8, ... of every file prove the encoder: one document of each, drawn at random, is also
+    encoded by the reference library, and one different id stops the build.
+
+    Args:
+        part: the part, at its last commit.
+        encoder: may be used by several threads at once.
+        tokenizer: the reference.
+        held_out: (share, side) to keep, or None for everything.
+        on_error: "stop" or "skip".
+    """
+
+    def __init__(
+        self, part: Part, encoder: Encoder, tokenizer: Tokenizer, held_out: tuple[float, str] | None, on_error: str
+    ) -> None:
+        self.part, self.encoder, self.tokenizer = part, encoder, tokenizer
+        self.held_out, self.on_error = held_out, on_error
+        self.counts = Counts(**part.state)
+
+    def process(self, raw: Any, number: int) -> _Result:
+        """Documents of a block to tokens."""
+        block = raw.parse()
+        if self.on_error == "stop":
+            stop_at_fault(block, self.part.input)
+        faults = block.faults
+        if self.held_out is not None:
+            fraction, side = self.held_out
+            block = block.select(block.held_out(fraction) == (side == "held_out"))
+        encoded = self.encoder.encode(block)
+        check_ids(encoded.tokens, encoded.lengths, self.tokenizer.vocab_size, 0)
+        checked = 0
+        if len(block) and number & (number - 1) == 0:
+            chosen = random.Random(f"{self.part.number}:{number}").randrange(len(block))
+            check_encoder(self.encoder, self.tokenizer, block.select(np.arange(len(block)) == chosen).texts())
+            checked = 1
+        return _Result(encoded, block.text_bytes, checked, faults)
+
+    def write(self, result: _Result) -> None:
+        """Append a block's tokens, lengths and faults, and count them."""
+        encoded = result.encoded
+        self.part.write("tokens", np.ascontiguousarray(encoded.tokens).data)
+        lengths = encoded.lengths
+        self.part.write("lengths", np.ascontiguousarray(lengths[lengths > 0], "<i4").data)
+        self.counts.add(encoded, result.text_bytes)
+        self.counts.checked_documents += result.checked
+        if result.faults:
+            self.counts.add_faults(reason for _, reason in result.faults)
+            lines = "".join(f"{self.part.input}:{line}: {reason}\n" for line, reason in result.faults)
+            self.part.write("faults", lines.encode())
+
+    def state(self) -> dict[str, Any]:
+        """The counts, as JSON."""
+        return dataclasses.asdict(self.counts)
