@@ -115,6 +115,7 @@ Array<std::int64_t> join_band(const Array<std::uint64_t>& keys, const Array<std:
     if (p && firsts[p] - firsts[p - 1] != static_cast<std::int64_t>(tables[p - 1].count))
       throw std::invalid_argument("firsts must count the rows of the parts before");
   }
+  require(needed, "number of equal words", 0, end - begin);
   const std::int64_t total = firsts.back() + static_cast<std::int64_t>(tables.back().count);
   std::vector<std::int64_t> pairs;
   const std::uint64_t* key = keys.data();

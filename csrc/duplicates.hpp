@@ -39,7 +39,7 @@ inline std::uint64_t band_key(const std::uint32_t* row, std::size_t begin, std::
   return key;
 }
 
-// What two rows must share to be one text or nearly so: `needed` equal words among words begin..end-1.
+// Whether two rows are one text or nearly so: at least `needed` of words begin..end-1 are equal.
 struct Likeness {
   std::size_t begin, end, needed;
 

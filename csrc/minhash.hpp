@@ -140,21 +140,22 @@ class MinHasher {
     std::uint32_t* const entering = leaving + size;
     std::fill(leaving, entering, 0);
     std::uint64_t rolled = 0;
-    std::size_t early = size - 1;  // characters that complete no shingle
+    std::size_t seen = 0;
     bool after_space = true;
     const char* at = text.data();
     const char* const end = at + text.size();
     while (at < end) {
       const std::size_t count = next_characters(at, end, after_space, entering);
       std::size_t k = 0;
-      for (; k < count && early; ++k, --early) rolled = rolled * base + entering[k];
+      for (; k < count && seen + k + 1 < size; ++k) rolled = rolled * base + entering[k];
       for (; k < count; ++k) {
         rolled = rolled * base + (entering[k] - leave * leaving[k]);
         take(rolled);
       }
       std::copy(leaving + count, leaving + count + size, leaving);
+      seen += count;
     }
-    if (early && early + 1 < size) take(rolled);  // the whole text is one shingle
+    if (seen && seen < size) take(rolled);  // the whole text is one shingle
   }
 
   // Writes characters, each plus 1, a run of white space as one space; returns their number, at most

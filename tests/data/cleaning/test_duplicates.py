@@ -77,9 +77,19 @@ def test_signatures_follow_their_definition(text: str, places: int, size: int, s
     assert minhash([text], places, size, seed)[0].tolist() == minhash_by_definition(text, places, size, seed)
 
 
+def test_short_texts_follow_the_definition() -> None:
+    for length in range(9):
+        for text in (
+            "abcdefghi"[:length],
+            " abcdefg\u3042"[:length],
+            "\u65e5\u672c\u8a9e\u3067\u3059\U00020b9f"[:length],
+        ):
+            assert minhash([text], 16, 5, 3)[0].tolist() == minhash_by_definition(text, 16, 5, 3)
+
+
 def test_long_and_repeating_texts_follow_the_definition() -> None:
     rng = random.Random(1)
-    letters = "".join(rng.choices("abcdefgh \u3042\u3044", k=3000))
+    letters = "".join(rng.choices("abcdefgh" * 4 + " \n\u3042\u3044\u00e4", k=9000))  # more than are decoded at once
     for text in (letters, "ab" * 2000, "x" * 5000, " " * 50 + "a" + " " * 5000):
         assert minhash([text], 16, 5, 3)[0].tolist() == minhash_by_definition(text, 16, 5, 3)
 
@@ -231,7 +241,8 @@ def test_clusters_equal_brute_force(tmp_path: Path, threshold: float, seed: int)
 def test_how_the_work_is_divided_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = corpus(random.Random(9), 300)
     whole = search(tmp_path, texts)
-    monkeypatch.setattr(duplicates, "_ROWS_AT_ONCE", 37)  # many runs a part, many slices a band
+    monkeypatch.setattr(duplicates, "_ROWS_AT_ONCE", 37)  # many runs a part
+    monkeypatch.setattr(duplicates, "_KEYS_AT_ONCE", 50)  # many slices a band
     for borders, map_tasks in [
         ((), map),
         ((10, 200), ThreadPoolExecutor(3).map),
@@ -320,6 +331,8 @@ def test_the_core_refuses_what_does_not_fit() -> None:
     keys = np.zeros(1, np.uint64)
     with pytest.raises(IndexError, match="beyond the parts"):
         _native.join_band(keys, np.array([2]), [rows], [0], 0, 4, 4)
+    with pytest.raises(ValueError, match="number of equal words is 5, expected 0..4"):
+        _native.join_band(keys, np.array([0]), [rows], [0], 0, 4, 5)
     with pytest.raises(ValueError, match="count the rows"):
         _native.join_band(keys, np.array([0]), [rows, rows], [0, 3], 0, 4, 4)
     with pytest.raises(IndexError, match="beyond the components"):
