@@ -186,7 +186,7 @@ void bind_block(py::module_& module) {
 
 void bind_sha256(py::module_& module) {
   py::class_<cpt::Sha256>(module, "Sha256")
-      .def(py::init<>())
+      .def(py::init<bool>(), py::arg("instructions") = true)
       .def("update",
            [](cpt::Sha256& hash, const py::buffer& data) {
              const Bytes bytes(data);

@@ -97,12 +97,14 @@ inline bool has_instructions() {
 }
 #endif
 
-inline void compress(State& state, const unsigned char* data, std::size_t blocks) {
+using Compress = void (*)(State& state, const unsigned char* data, std::size_t blocks);
+
+inline Compress best_compress() {
 #ifdef CPT_SHA_INSTRUCTIONS
   static const bool fast = has_instructions();
-  if (fast) return compress_fast(state, data, blocks);
+  if (fast) return compress_fast;
 #endif
-  compress_plain(state, data, blocks);
+  return compress_plain;
 }
 
 }  // namespace sha256_detail
@@ -110,6 +112,10 @@ inline void compress(State& state, const unsigned char* data, std::size_t blocks
 class Sha256 {
  public:
   using Digest = std::array<unsigned char, 32>;
+
+  // Without `instructions` the portable way is taken, which gives the same.
+  explicit Sha256(bool instructions = true)
+      : compress_(instructions ? sha256_detail::best_compress() : sha256_detail::compress_plain) {}
 
   void update(std::string_view bytes) {
     auto* data = reinterpret_cast<const unsigned char*>(bytes.data());
@@ -121,11 +127,11 @@ class Sha256 {
       const std::size_t taken = std::min(left, 64 - held);
       std::memcpy(pending_.data() + held, data, taken);
       if (held + taken < 64) return;
-      sha256_detail::compress(state_, pending_.data(), 1);
+      compress_(state_, pending_.data(), 1);
       data += taken;
       left -= taken;
     }
-    sha256_detail::compress(state_, data, left / 64);
+    compress_(state_, data, left / 64);
     if (left % 64 != 0) std::memcpy(pending_.data(), data + left / 64 * 64, left % 64);
   }
 
@@ -164,6 +170,7 @@ class Sha256 {
   }
 
  private:
+  sha256_detail::Compress compress_;
   sha256_detail::State state_ = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   std::uint64_t length_ = 0;

@@ -17,6 +17,7 @@ import pytest
 import zstandard
 
 from megatron_cpt.data import blocks as module
+from megatron_cpt.data import parquet as parquet_module
 from megatron_cpt.data import read_documents
 from megatron_cpt.data.blocks import RawBlock, open_blocks, stop_at_fault
 from megatron_cpt.errors import DataError
@@ -92,12 +93,13 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], object]] = {
 def small_cuts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many blocks a file without large files."""
     monkeypatch.setattr(module, "CUT_BYTES", 20_000)
+    monkeypatch.setattr(parquet_module, "CUT_BYTES", 20_000)
     yield
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_block_can_be_parsed_in_any_thread_and_continued_from(
-    name: str, tmp_path: Path, records: list[dict[str, Any]]
+    name: str, tmp_path: Path, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
     WRITERS[name](path, records)
@@ -109,6 +111,8 @@ def test_every_block_can_be_parsed_in_any_thread_and_continued_from(
     assert all(not faults for _, faults in whole)
     if "txt" not in name:
         assert [(text, name) for _, text, name in rows] == [(r["text"], r["id"]) for r in records]
+    monkeypatch.setattr(module, "CUT_BYTES", 7_001)
+    monkeypatch.setattr(parquet_module, "CUT_BYTES", 7_001)
     for k in range(0, len(blocks), 1 + len(blocks) // 12):
         start = json.loads(json.dumps(blocks[k].position))
         rest, again = read_all(path, start)
