@@ -79,8 +79,10 @@ def open_blocks(
     members or frames. `.parquet`: one row a document. Only UTF-8 is read (with or without a byte order mark at
     the front). JSON is that of RFC 8259: a field that stands twice counts as the last one, NaN and Infinity
     are refused although `json.loads` takes them, and so is half of a surrogate pair in the text or the id;
-    escaped NUL is a character like any other, while a raw NUL makes a record unusable. Records without a usable text become faults of their
-    block; what to do about them is the caller's choice (`stop_at_fault`).
+    escaped NUL is a character like any other, while a raw NUL makes a record unusable.
+
+    Records without a usable text become faults of their block; what to do about them is the caller's choice
+    (`stop_at_fault`).
 
     Args:
         path: the file.
