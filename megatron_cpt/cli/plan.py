@@ -22,7 +22,7 @@ def plan(
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes of a training job.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print every value with its origin, and the parameters, tokens per step, layout and memory of each job."""
+    """Print every value with its origin, and the parameters, tokens per step, layout, memory and data of each job."""
     resolved = load_any_config(config, overrides or [])
     emit(describe(resolved, nproc), as_json, lambda value: render(value, resolved))
 
@@ -88,7 +88,21 @@ def _plan_train(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
     parallel = config.parallel
     one_copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     world_size = nproc or _world_size(one_copy)
-    return plan_job(config, shape, load_tokenizer(config.tokenizer).vocab_size, config.vocab_divisor, world_size)
+    job = plan_job(config, shape, load_tokenizer(config.tokenizer).vocab_size, config.vocab_divisor, world_size)
+    return {**job, "stages": _plan_data(config)}
+
+
+def _plan_data(config: TrainConfig) -> list[dict[str, Any]] | None:
+    """What is read in each stage; None while a dataset is not yet built."""
+    from megatron_cpt.data import manifest_path, open_plan
+    from megatron_cpt.data.stages import describe_order
+
+    if not all(manifest_path(source.prefix).exists() for source in config.data.train):
+        return None
+    opened = open_plan(config.data, config.batch.seq_length, config.seed)
+    num_samples = config.train_steps * config.batch.global_batch_size
+    opened.require(num_samples)
+    return describe_order(opened.order, num_samples)
 
 
 def _world_size(otherwise: int) -> int:
@@ -112,6 +126,10 @@ def render(value: dict[str, Any], resolved: Resolved[RunConfig] | Resolved[Train
     parts: list[Any] = [Text(resolved.dump()), Text(f"config hash {value['config_hash']}")]
     for name, job in value["jobs"].items():
         parts += [Text(""), _facts_table(name, job), _memory_table(job["memory"])]
+        if "stages" in job:
+            parts.append(
+                _stages_table(job["stages"]) if job["stages"] else Text("data: not all datasets are built yet")
+            )
     return Group(*parts)
 
 
@@ -145,4 +163,21 @@ def _memory_table(memory: list[dict[str, Any]]) -> Any:
     for rank in memory:
         sizes = [f"{rank[f'{part}_bytes'] / 2**20:,.1f}" for part in parts]
         table.add_row(f"pipeline stage {rank['pipeline_rank']}", *sizes)
+    return table
+
+
+def _stages_table(stages: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="")
+    for column in ("stage", "source"):
+        table.add_column(column)
+    for column in ("share", "samples", "tokens", "epochs"):
+        table.add_column(column, justify="right")
+    for stage in stages:
+        table.add_row(stage["name"] or "whole run", "", "", f"{stage['samples']:,}", f"{stage['tokens']:,}", "")
+        for name, facts in stage["sources"].items():
+            start, end = facts["share"]
+            share = f"{start:.2%}" if start == end else f"{start:.2%} to {end:.2%}"
+            table.add_row("", name, share, f"{facts['samples']:,}", f"{facts['tokens']:,}", f"{facts['epochs']:.3f}")
     return table

@@ -4,7 +4,7 @@ from megatron_cpt.data.batches import Batch, batch, scored_bytes, validation_bat
 from megatron_cpt.data.build import DatasetBuild, build_dataset, build_files
 from megatron_cpt.data.describe import describe, describe_document, describe_sample, tokenizer_of
 from megatron_cpt.data.documents import Document, is_held_out, read_documents, split_held_out, work_of
-from megatron_cpt.data.indexed import IndexedDataset
+from megatron_cpt.data.indexed import IndexedDataset, manifest_path
 from megatron_cpt.data.loader import Loader
 from megatron_cpt.data.packing import pack_dataset
 from megatron_cpt.data.sampler import SamplePlan, Source, open_plan
@@ -34,6 +34,7 @@ __all__ = [
     "describe_document",
     "describe_sample",
     "is_held_out",
+    "manifest_path",
     "open_plan",
     "open_windows",
     "pack_dataset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy.typing as npt
 
 from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.data.sampler import SamplePlan
-from megatron_cpt.data.windows import open_windows
 from megatron_cpt.errors import DataError
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -50,39 +50,74 @@ def describe(dataset: IndexedDataset) -> dict[str, Any]:
 
 
 def describe_document(dataset: IndexedDataset, tokenizer: Tokenizer, number: int) -> dict[str, Any]:
-    """One document: its place in the token stream, ids and text.
+    """One document: its place in the token stream, the file it was read from, ids and text.
 
     Raises:
         DataError: there is no such document.
     """
     ids = dataset.document(number)
-    return {"number": number, "start": int(dataset.document_starts[number]), **_decoded(ids, tokenizer)}
+    start, file = int(dataset.document_starts[number]), file_of(dataset, number)
+    return {"number": number, "start": start, "file": file, **_decoded(ids, tokenizer)}
 
 
-def describe_sample(
-    dataset: IndexedDataset, tokenizer: Tokenizer, number: int, seq_length: int, seed: int
-) -> dict[str, Any]:
-    """One sample of a plan with this dataset as its only source.
+def describe_sample(plan: SamplePlan, tokenizer: Tokenizer, number: int) -> dict[str, Any]:
+    """One sample of a plan and where it comes from.
 
     Returns:
-        `number`, `epoch`, `window`, `start` (its first token in the stream), `order_hash` of the samples up to it, and
-        `pieces`: the ids and text between two document borders, the last label included.
+        `number`, `stage` (its name), `source`, `prefix`, `language`, `epoch`, `window`, `order_hash` of the samples
+        up to it, and `pieces`, one for each document in it: `document`, `start` (its first token in the stream),
+        `file` that the document was read from where the manifest knows it, ids and text, the last label included.
 
     Raises:
-        DataError: no such sample.
+        DataError: the plan has no such sample.
     """
-    plan = SamplePlan([(dataset, dataset.language, 1.0)], seq_length, seed)
     place = plan.place(number)
-    firsts, counts = open_windows(dataset, seq_length).pieces(place.window)
-    tokens, borders = dataset.tokens(int(firsts[0]), int(firsts[0] + counts[0]) + 1)
+    windows = plan.windows[place.source]
+    dataset = windows.dataset
+    spans = [
+        span
+        for first, count in zip(*(row.tolist() for row in windows.pieces(place.window)), strict=True)
+        for span in _by_document(dataset, first, first + count + 1)
+    ]
     return {
         "number": number,
+        "stage": plan.order.stages[place.stage].name,
+        "source": plan.order.sources[place.source].name,
+        "prefix": dataset.prefix,
+        "language": plan.languages[place.source],
         "epoch": place.epoch,
         "window": place.window,
-        "start": place.window * seq_length,
         "order_hash": plan.order_hash(number + 1),
-        "pieces": [_decoded(piece, tokenizer) for piece in np.split(tokens, borders[borders > 0])],
+        "pieces": [
+            {
+                "document": document,
+                "start": first,
+                "file": file_of(dataset, document),
+                **_decoded(dataset.tokens(first, last)[0], tokenizer),
+            }
+            for document, first, last in spans
+        ],
     }
+
+
+def file_of(dataset: IndexedDataset, document: int) -> str | None:
+    """The file that a document was read from; None where the manifest does not say."""
+    found = [
+        source
+        for source in dataset.manifest.get("sources", ())
+        if source["first_document"] <= document < source["first_document"] + source["documents"]
+    ]
+    return str(found[0]["path"]) if found else None
+
+
+def _by_document(dataset: IndexedDataset, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Tokens first..last-1 cut at the borders of documents: number of the document, first and end of its span."""
+    starts = dataset.document_starts
+    while first < last:
+        document = int(np.searchsorted(starts, first, side="right")) - 1
+        end = min(last, int(starts[document + 1]))
+        yield document, first, end
+        first = end
 
 
 def _decoded(ids: npt.NDArray[np.integer[Any]], tokenizer: Tokenizer) -> dict[str, Any]:

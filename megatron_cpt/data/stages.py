@@ -366,26 +366,28 @@ def _ramp(stream: _Stream, sample: int, samples: int) -> Fraction:
     return stream.start * sample + (stream.end - stream.start) * sample**2 / (2 * samples)
 
 
-def describe_order(order: Order) -> dict[str, Any]:
-    """The stages of a plan: samples, tokens, and of each source its samples and epochs in each stage."""
+def describe_order(order: Order, num_samples: int) -> list[dict[str, Any]]:
+    """The stages of a plan: samples and tokens of each, and what each source has in it.
+
+    Args:
+        order: the plan.
+        num_samples: of the run; what a stage without end is described for.
+    """
     stages = []
     for stage in order.stages:
-        counts = stage.order.counts(stage.samples).tolist() if stage.samples else [0] * len(stage.sources)
-        stages.append(
-            {
-                "name": stage.name,
-                "samples": stage.samples,
-                "tokens": stage.samples * order.seq_length,
-                "sources": {
-                    order.sources[source].name: {
-                        "samples": count,
-                        "tokens": count * order.seq_length,
-                        "epochs": count / order.sources[source].windows,
-                        "share_at_start": int(lane[0]) / stage.unit,
-                        "share_at_end": int(lane[1]) / stage.unit,
-                    }
-                    for source, lane, count in zip(stage.sources, stage.lanes, counts, strict=True)
-                },
+        samples = stage.samples or num_samples
+        counts = stage.order.counts(samples).tolist()
+        sources = {
+            order.sources[source].name: {
+                "share": [int(lane[0]) / stage.unit, int(lane[1]) / stage.unit],
+                "samples": count,
+                "tokens": count * order.seq_length,
+                "epochs": count / order.sources[source].windows,
             }
+            for source, lane, count in zip(stage.sources, stage.lanes, counts, strict=True)
+        }
+        tokens = samples * order.seq_length
+        stages.append(
+            {"name": stage.name, "first": stage.first, "samples": samples, "tokens": tokens, "sources": sources}
         )
-    return {"samples": order.num_samples, "seq_length": order.seq_length, "stages": stages}
+    return stages

@@ -298,7 +298,7 @@ def test_the_curriculum_of_ricoh() -> None:
 def test_the_two_stages_of_swallow() -> None:
     sizes = {"parallel": 0.8, "cc.1": 10.605, "cc.2": 10.465, "cc.3": 12.465, "cc.4": 16.447, "cc.5": 38.345}
     order = curriculum("swallow.yaml", {**sizes, "ja.wiki": 1.673, "arxiv": 5.0, "refinedweb": 5.0})
-    stages = describe_order(order)["stages"]
+    stages = describe_order(order, 0)
     assert {name: round(facts["epochs"], 2) for name, facts in stages[0]["sources"].items()} == {"parallel": 1.0}
     main = stages[1]["sources"]
     assert {name: round(facts["epochs"], 3) for name, facts in main.items()} == dict.fromkeys(main, 1.0)

@@ -19,7 +19,10 @@ def show_facts(value: dict[str, Any]) -> RenderableType:
             parts += [Rule(f"{name} {fact['number']}"), show_facts({k: v for k, v in fact.items() if k != "number"})]
         elif name == "pieces":
             for piece in fact:
-                parts += [Rule(f"{piece['tokens']} tokens"), Text(piece["text"])]
+                source = f"document {piece['document']:,}" + (f" of {piece['file']}" if piece["file"] else "")
+                parts += [Rule(f"{piece['tokens']} tokens, {source}"), Text(piece["text"])]
+        elif name == "origin":
+            table.add_row(name, Text(f"{fact['path']}:{fact['line']} (id {fact['id']!r})"))
         elif name == "text":
             parts.append(Text(fact))
         elif name == "sources":

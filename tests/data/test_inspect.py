@@ -1,0 +1,109 @@
+"""`data inspect` and `plan`: where a sample comes from, down to the document and its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_cpt.cli.main import main
+from megatron_cpt.config.manifest import read_json, write_json_atomic
+from megatron_cpt.data import Document, IndexedDataset, SamplePlan, build_dataset, describe_sample, pack_dataset
+from megatron_cpt.data.indexed import manifest_path
+from megatron_cpt.tokenizer import load_tokenizer
+
+LENGTH = 48
+STAGES = [
+    {"name": "first", "tokens": 960, "shares": [{"sources": ["x"], "share": 1.0}]},
+    {"name": "second", "tokens": 960, "shares": [{"sources": ["x", "y"], "share": 1.0}]},
+]
+
+
+@pytest.fixture
+def job(documents: list[Document], tokenizer: Path, tmp_path: Path) -> Path:
+    """The configuration of a job on two datasets; the second is packed and says which files it was made of."""
+    build_dataset(documents[:70], tokenizer, tmp_path / "x", "xx")
+    build_dataset(documents[70:], tokenizer, tmp_path / "y", "yy")
+    manifest = read_json(manifest_path(tmp_path / "y"))
+    files = [("one.jsonl", 0, 20), ("empty.jsonl", 20, 0), ("two.jsonl", 20, 30)]
+    sources = [{"path": path, "first_document": first, "documents": count} for path, first, count in files]
+    write_json_atomic(manifest_path(tmp_path / "y"), {**manifest, "sources": sources})
+    pack_dataset(IndexedDataset(tmp_path / "y"), LENGTH)
+    packed = {"prefix": str(tmp_path / "y"), "language": "yy", "packing": "best_fit"}
+    shape = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "head_dim": 4}
+    config = {
+        "output": "run",
+        "tokenizer": str(tokenizer),
+        "shape": {**shape, "num_attention_heads": 2, "num_query_groups": 2},
+        "train_steps": 10,
+        "batch": {"seq_length": LENGTH, "global_batch_size": 4},
+        "data": {"train": [{"prefix": str(tmp_path / "x"), "language": "xx"}, packed], "stages": STAGES},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(config))
+    return tmp_path / "job.yaml"
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert main([*map(str, words), "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_a_sample_of_a_job_is_traced_to_its_documents(
+    job: Path, documents: list[Document], capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = {name: IndexedDataset(job.parent / name) for name in "xy"}
+    seen = set()
+    for number in (0, 19, *range(20, 40)):
+        sample = shown(capsys, "data", "inspect", "--plan", job, "--sample", number)["sample"]
+        dataset = datasets[sample["source"]]
+        assert sample["stage"] == ("first" if number < 20 else "second") and sample["number"] == number
+        assert sample["language"] == dataset.language
+        for piece in sample["pieces"]:
+            ids = dataset.document(piece["document"]).tolist()
+            offset = piece["start"] - int(dataset.document_starts[piece["document"]])
+            assert ids[offset : offset + piece["tokens"]] == piece["ids"] and piece["tokens"]
+            file = None if sample["source"] == "x" else "one.jsonl" if piece["document"] < 20 else "two.jsonl"
+            assert piece["file"] == file
+            if len(ids) == piece["tokens"]:
+                assert piece["text"] == documents[piece["document"] + 70 * (sample["source"] == "y")].text
+        seen |= {(sample["source"], piece["file"]) for piece in sample["pieces"]}
+    assert seen == {("x", None), ("y", "one.jsonl"), ("y", "two.jsonl")}
+    assert main(["data", "inspect", "--plan", str(job), "--sample", "30"]) == 0
+    assert "of two.jsonl" in (out := capsys.readouterr().out) or "of one.jsonl" in out or "document" in out
+
+
+def test_what_inspect_needs(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = str(job.parent / "x")
+    for words in ([], [prefix, "--plan", str(job)], ["--plan", str(job)]):
+        assert main(["data", "inspect", *words]) == 2
+        assert "expected PREFIX, or --plan CONFIG --sample NUMBER" in capsys.readouterr().err
+    assert main(["data", "inspect", "--plan", str(job), "--sample", "40"]) == 2
+    assert "the stages hold 1,920 tokens (40 samples of 48), asked for was sample 41" in capsys.readouterr().err
+
+
+def test_a_dataset_alone_is_a_plan_too(documents: list[Document], tokenizer: Path, tmp_path: Path) -> None:
+    build_dataset(documents, tokenizer, tmp_path / "x", "xx")
+    plan = SamplePlan([(tmp_path / "x", "xx")], LENGTH, 1)
+    value = describe_sample(plan, load_tokenizer(tokenizer), 5)
+    assert sum(piece["tokens"] for piece in value["pieces"]) == LENGTH + 1
+    assert (value["source"], value["stage"], value["epoch"], value["window"]) == ("x", "", 0, plan.place(5).window)
+
+
+def test_plan_shows_the_stages(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = shown(capsys, "plan", job)["jobs"]["train"]["stages"]
+    windows = {name: -(-(IndexedDataset(job.parent / name).num_tokens - 1) // LENGTH) for name in "x"}
+    assert [(s["name"], s["samples"], s["tokens"]) for s in stages] == [("first", 20, 960), ("second", 20, 960)]
+    assert stages[0]["sources"] == {
+        "x": {"share": [1.0, 1.0], "samples": 20, "tokens": 960, "epochs": 20 / windows["x"]}
+    }
+    assert [facts["samples"] for facts in stages[1]["sources"].values()] == [10, 10]
+    assert main(["plan", str(job)]) == 0
+    assert "50.00%" in capsys.readouterr().out
+    endless = shown(capsys, "plan", job, "--set", "data.stages=[]")["jobs"]["train"]["stages"]
+    assert [(s["name"], s["samples"]) for s in endless] == [("", 40)]
+    manifest_path(job.parent / "y").unlink()
+    assert shown(capsys, "plan", job)["jobs"]["train"]["stages"] is None
+    assert main(["plan", str(job)]) == 0
+    assert "not all datasets are built yet" in capsys.readouterr().out
