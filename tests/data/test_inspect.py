@@ -107,3 +107,17 @@ def test_plan_shows_the_stages(job: Path, capsys: pytest.CaptureFixture[str]) ->
     assert shown(capsys, "plan", job)["jobs"]["train"]["stages"] is None
     assert main(["plan", str(job)]) == 0
     assert "not all datasets are built yet" in capsys.readouterr().out
+
+
+def test_a_document_is_traced_to_its_line(
+    documents: list[Document], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": d.id, "text": d.text}) + "\n\n" for d in documents))
+    build = ["data", "build", path, "--tokenizer", tokenizer, "--language", "xx"]
+    shown(capsys, *build, "--output", tmp_path / "x")
+    document = shown(capsys, "data", "inspect", tmp_path / "x", "--document", 9, "--trace")["document"]
+    assert document["text"] == documents[9].text and document["file"] == str(path)
+    assert document["origin"] == {"path": str(path), "line": 19, "id": documents[9].id}
+    assert main(["data", "inspect", str(tmp_path / "x"), "--document", "9", "--trace"]) == 0
+    assert "corpus.jsonl:19" in capsys.readouterr().out.replace("\n", "")
