@@ -284,6 +284,23 @@ def test_pairs_above_the_threshold_are_found(tmp_path: Path) -> None:
     assert found[middle].mean() <= np.mean([chance_of_comparison(j, bands, rows) for j in truth[middle]])
 
 
+def test_every_band_finds_its_pair(tmp_path: Path) -> None:
+    """Rows by hand: pair b agrees in the whole of band b alone; a last pair, as near, in the whole of none."""
+    bands, rows = choose_bands(0.8, 128)
+    ours = np.random.default_rng(1).integers(0, 2**32, (bands + 1, SIGNING.words), dtype=np.uint32)
+    theirs = ours.copy()
+    theirs[:, :4] += 1
+    for pair in range(bands + 1):
+        for band in set(range(bands)) - {pair}:
+            theirs[pair, 4 + band * rows + pair % rows] += 1
+    for name, words in (("ours", ours), ("theirs", theirs)):
+        (tmp_path / name).write_bytes(words.astype("<u4").tobytes())
+    found = find_duplicates([tmp_path / "ours", tmp_path / "theirs"], tmp_path / "scratch", SIGNING)
+    assert found.keep(1).tolist() == [False] * bands + [True]
+    assert [found.original(1, pair) for pair in range(bands)] == [(0, pair) for pair in range(bands)]
+    assert not found.repeated.any()
+
+
 def test_bands_reach_the_recall_with_the_most_rows() -> None:
     assert choose_bands(0.8, 128) == (21, 6)
     assert choose_bands(0.9, 128) == (12, 10)
