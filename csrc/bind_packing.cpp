@@ -1,16 +1,17 @@
-// Python face of samples and of best-fit packing.
+// Python face of samples, best-fit packing and megatron-core's sample index.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings.hpp"
+#include "mcore_indices.hpp"
 #include "packing.hpp"
 
 namespace py = pybind11;
@@ -138,11 +139,40 @@ py::tuple pack(const Int64s& document_starts, std::int64_t seq_length) {
                         owned<Int64s>(std::move(borders)));
 }
 
+template <typename Index>
+py::array fill_sample_index(const Int32s& lengths, const Int32s& order, std::int64_t seq_length,
+                            std::int64_t num_samples) {
+  py::array_t<Index> rows({static_cast<py::ssize_t>(num_samples) + 1, py::ssize_t{2}});
+  Index* out = rows.mutable_data();
+  const py::gil_scoped_release free;
+  cpt::sample_index(lengths.data(), order.data(), order.size(), seq_length, num_samples, out);
+  return rows;
+}
+
+// megatron-core's sample index over documents in this order: int32 where places and offsets fit, else int64.
+py::array sample_index(const Int32s& lengths, const Int32s& order, std::int64_t seq_length, std::int64_t num_samples) {
+  require_length(seq_length);
+  std::int64_t tokens = 0;
+  for (py::ssize_t k = 0; k < order.size(); ++k) {
+    const std::int32_t document = order.data()[k];
+    if (document < 0 || document >= lengths.size() || lengths.data()[document] < 0)
+      throw std::out_of_range("document " + std::to_string(document) + " of " + std::to_string(lengths.size()));
+    tokens += lengths.data()[document];
+  }
+  if (num_samples < 0 || num_samples > (tokens - 1) / seq_length)
+    throw std::invalid_argument(std::to_string(num_samples) + " samples of " + std::to_string(tokens) + " tokens");
+  return order.size() <= std::numeric_limits<std::int32_t>::max()
+             ? fill_sample_index<std::int32_t>(lengths, order, seq_length, num_samples)
+             : fill_sample_index<std::int64_t>(lengths, order, seq_length, num_samples);
+}
+
 }  // namespace
 
 void bind_packing(py::module_& module) {
   module.def("sample", &sample, py::arg("stream").noconvert(), py::arg("document_starts").noconvert(),
              py::arg("firsts").noconvert(), py::arg("counts").noconvert(), py::arg("seq_length"),
              py::arg("vocab_size"));
+  module.def("sample_index", &sample_index, py::arg("lengths").noconvert(), py::arg("order").noconvert(),
+             py::arg("seq_length"), py::arg("num_samples"));
   module.def("pack", &pack, py::arg("document_starts").noconvert(), py::arg("seq_length"));
 }

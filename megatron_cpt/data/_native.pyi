@@ -30,6 +30,9 @@ def sample(
     seq_length: int,
     vocab_size: int,
 ) -> tuple[Int64s, Int64s, Int64s]: ...
+def sample_index(
+    lengths: npt.NDArray[np.int32], order: npt.NDArray[np.int32], seq_length: int, num_samples: int
+) -> npt.NDArray[np.signedinteger]: ...
 def pack(document_starts: Int64s, seq_length: int) -> tuple[Int64s, npt.NDArray[np.int32], Int64s]: ...
 
 # Blocks of documents (csrc/bind_records.cpp)

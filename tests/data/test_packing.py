@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_cpt.cli.main import main
 from megatron_cpt.data import IndexedDataset, _native, open_windows, pack_dataset
 from megatron_cpt.errors import DataError
 from tests.data.test_windows import laid_out, same, write_dataset
@@ -135,3 +137,11 @@ def test_nothing_to_predict_and_impossible_lengths(tmp_path: Path) -> None:
             pack_dataset(dataset, seq_length)
     with pytest.raises(ValueError, match="starts fall"):
         _native.pack(np.array([0, 5, 3]), 8)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = write_dataset(tmp_path / "x", [50, 3, 20])
+    assert main(["data", "pack", str(tmp_path / "x"), "--seq-length", "16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bins"] == len(open_windows(dataset, 16, "best_fit")) == 5
+    assert main(["data", "pack", str(tmp_path / "y"), "--seq-length", "16"]) == 2
+    assert "y.manifest.json is missing" in capsys.readouterr().err

@@ -5,10 +5,11 @@ from __future__ import annotations
 import typer
 
 from megatron_cpt.cli.data.build import build
+from megatron_cpt.cli.data.indices import indices
 from megatron_cpt.cli.data.inspect import inspect, verify
 from megatron_cpt.cli.data.pack import pack
 from megatron_cpt.cli.data.pairs import pairs
 
 app = typer.Typer(help="Build, inspect and verify indexed datasets.", no_args_is_help=True)
-for command in (pairs, build, pack, inspect, verify):
+for command in (pairs, build, pack, indices, inspect, verify):
     app.command()(command)
