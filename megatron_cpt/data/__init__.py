@@ -6,7 +6,7 @@ from megatron_cpt.data.describe import describe, describe_document, describe_sam
 from megatron_cpt.data.documents import Document, is_held_out, read_documents, split_held_out, work_of
 from megatron_cpt.data.indexed import IndexedDataset, manifest_path
 from megatron_cpt.data.loader import Loader
-from megatron_cpt.data.packing import pack_dataset
+from megatron_cpt.data.packing import is_packed, pack_dataset
 from megatron_cpt.data.sampler import SamplePlan, Source, open_plan
 from megatron_cpt.data.stages import Place
 from megatron_cpt.data.verify import trace_document, verify_dataset
@@ -34,6 +34,7 @@ __all__ = [
     "describe_document",
     "describe_sample",
     "is_held_out",
+    "is_packed",
     "manifest_path",
     "open_plan",
     "open_windows",

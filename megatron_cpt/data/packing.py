@@ -76,11 +76,8 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
         DataError: no document has two tokens, seq_length is below 1, or there are more than 2^32 - 2 pieces.
     """
     manifest = _manifest_path(dataset, seq_length)
-    wanted = _identity(dataset)
-    if manifest.exists():
-        found = read_manifest(manifest, _KIND, DataError)
-        if found["inputs"] == wanted and found["rule"] == _RULE and _data_path(dataset, seq_length).exists():
-            return found
+    if is_packed(dataset, seq_length):
+        return read_manifest(manifest, _KIND, DataError)
     try:
         firsts, counts, borders = _native.pack(dataset.document_starts, seq_length)
     except ValueError as caught:
@@ -100,7 +97,7 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
     write_manifest(
         manifest,
         _KIND,
-        wanted,
+        _identity(dataset),
         rule=_RULE,
         seq_length=seq_length,
         bins=bins,
@@ -110,6 +107,15 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
         outputs={"bin": {"bytes": path.stat().st_size, "sha256": sha256_file(path)}},
     )
     return read_manifest(manifest, _KIND, DataError)
+
+
+def is_packed(dataset: IndexedDataset, seq_length: int) -> bool:
+    """Whether there is a pack of this dataset, as it is now, for this sequence length."""
+    path = _manifest_path(dataset, seq_length)
+    if not path.exists():
+        return False
+    manifest = read_manifest(path, _KIND, DataError)
+    return bool(manifest["inputs"] == _identity(dataset) and manifest["rule"] == _RULE)
 
 
 def open_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
@@ -122,9 +128,9 @@ def open_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
     path = _manifest_path(dataset, seq_length)
     if not path.exists():
         raise DataError(f"{dataset.prefix} is not packed for seq_length {seq_length}; {advice}")
-    manifest = read_manifest(path, _KIND, DataError)
-    if manifest["inputs"] != _identity(dataset) or manifest["rule"] != _RULE:
+    if not is_packed(dataset, seq_length):
         raise DataError(f"{path} is of another dataset than {dataset.prefix} holds now; {advice}")
+    manifest = read_manifest(path, _KIND, DataError)
     return Pack(_data_path(dataset, seq_length), int(manifest["pieces"]), int(manifest["bins"]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,6 @@ class Sample:
 class Windows:
     """The numbered windows of one dataset; make it with `open_windows`.
 
-    It may be sent to another process (pickle): files are opened again there and have to be the same.
-
     Attributes:
         dataset: where the tokens are.
         seq_length: S, positions of a window.
@@ -79,9 +77,6 @@ class Windows:
     def __len__(self) -> int:
         """Windows of one pass."""
         return self._count
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _reopen, (self.dataset, self.seq_length, self.packing, self.content_hash)
 
     @property
     def content_hash(self) -> str:
@@ -158,10 +153,3 @@ def open_windows(dataset: IndexedDataset, seq_length: int, packing: Packing = "c
         return np.array([first], np.int64), np.array([min(seq_length, predictions - first)], np.int32)
 
     return Windows(dataset, seq_length, packing, -(-predictions // seq_length), span)
-
-
-def _reopen(dataset: IndexedDataset, seq_length: int, packing: Packing, content_hash: str) -> Windows:
-    windows = open_windows(dataset, seq_length, packing)
-    if windows.content_hash != content_hash:
-        raise DataError(f"{dataset.prefix} was built anew while it was being read; start the job again")
-    return windows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_cpt.checkpoint.random import write_random_hf
 from megatron_cpt.checkpoint.tokenizer_files import MODEL_FILES
 from megatron_cpt.config.manifest import MANIFEST, read_json, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import TrainConfig
+from megatron_cpt.data import IndexedDataset, is_packed, pack_dataset
 from megatron_cpt.errors import TrainingError
 from megatron_cpt.runtime.launcher import launch, refuse_more_processes_than_devices
 from megatron_cpt.runtime.lock import lock_folder
@@ -43,6 +45,7 @@ def run_job(config: TrainConfig, num_processes: int) -> Path:
         TrainingError: a rank failed.
     """
     refuse_more_processes_than_devices(num_processes)
+    _pack_sources(config)
     inputs, output = read_inputs(config, num_processes), Path(config.output)
     identity = run_identity(config, inputs)
     refuse_other_run(output, identity)
@@ -63,7 +66,8 @@ def run_job(config: TrainConfig, num_processes: int) -> Path:
 def prepare(config: TrainConfig, world_size: int, rank: int = 0) -> None:
     """What `run_job` does before it starts ranks, for ranks that somebody else has started (torchrun, Slurm).
 
-    Refuses wrong input, then brings the initial weights into `torch_dist` form, in `<output>/initial`, once.
+    Packs the sources that ask for it and refuses wrong input, then brings the initial weights into `torch_dist`
+    form, in `<output>/initial`, once.
 
     Args:
         config: the job.
@@ -73,11 +77,15 @@ def prepare(config: TrainConfig, world_size: int, rank: int = 0) -> None:
     Raises:
         InputError: something does not fit; nothing was changed.
     """
+    if rank == 0:
+        _pack_sources(config)
+    else:
+        _wait(lambda: not _sources_to_pack(config), "has not packed the sources with packing: best_fit")
     inputs = read_inputs(config, world_size)
     output = Path(config.output)
     refuse_other_run(output, run_identity(config, inputs))
     if rank != 0:
-        _wait_for_initial(config, inputs.tokenizer)
+        _wait(lambda: _is_ready(config, inputs.tokenizer), f"has not made {initial_folder(config)}")
         return
     with lock_folder(output):
         _make_initial_once(config, inputs.tokenizer)
@@ -102,12 +110,23 @@ def _is_ready(config: TrainConfig, tokenizer: Tokenizer) -> bool:
     return made and bool(read_json(record) == _request(config, tokenizer))
 
 
-def _wait_for_initial(config: TrainConfig, tokenizer: Tokenizer) -> None:
+def _wait(is_done: Callable[[], bool], failure: str) -> None:
+    """Wait for the work of rank 0."""
     deadline = time.monotonic() + LONGEST_WAIT_SECONDS
-    while not _is_ready(config, tokenizer):
+    while not is_done():
         if time.monotonic() > deadline:
-            raise TrainingError(f"rank 0 has not made {initial_folder(config)}; see what it said")
+            raise TrainingError(f"rank 0 {failure}; see what it said")
         time.sleep(0.2)
+
+
+def _sources_to_pack(config: TrainConfig) -> list[IndexedDataset]:
+    wanted = [IndexedDataset(source.prefix) for source in config.data.train if source.packing == "best_fit"]
+    return [dataset for dataset in wanted if not is_packed(dataset, config.batch.seq_length)]
+
+
+def _pack_sources(config: TrainConfig) -> None:
+    for dataset in _sources_to_pack(config):
+        pack_dataset(dataset, config.batch.seq_length)
 
 
 def _make_initial_once(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -113,21 +111,6 @@ def test_empty_documents_begin_nothing(dataset: IndexedDataset) -> None:
 
 def test_padding_alone(dataset: IndexedDataset) -> None:
     assert same(open_windows(dataset, 5).padding(), Window(np.zeros(5), np.full(5, IGNORED), np.zeros(1)))
-
-
-def test_windows_travel_to_another_process_by_name(dataset: IndexedDataset, tmp_path: Path) -> None:
-    for ending in ("bin", "idx", "manifest.json"):
-        shutil.copy(f"{dataset.prefix}.{ending}", tmp_path / f"x.{ending}")
-    pack_dataset(IndexedDataset(tmp_path / "x"), 64)
-    sent = [open_windows(IndexedDataset(tmp_path / "x"), 64, packing) for packing in ("concat", "best_fit")]  # type: ignore[arg-type]
-    letters = pickle.dumps(sent)
-    assert len(letters) < 1000, "the tokens travel with it"
-    for windows, received in zip(sent, pickle.loads(letters), strict=True):
-        assert received.content_hash == windows.content_hash
-        assert len(received) == len(windows) and same(received.window(3), windows.window(3))
-    write_dataset(tmp_path / "x", [400])
-    with pytest.raises(DataError, match="was built anew"):
-        pickle.loads(pickle.dumps(sent[0]))
 
 
 def test_the_content_hash_names_the_windows(dataset: IndexedDataset, tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ def runs(tiny: Tiny) -> dict[str, list[dict[str, Any]]]:
     given = {name: {"initial_checkpoint": str(write_model(tiny.root / f"{name}-hf", s))} for name, s in shapes.items()}
     data = tiny.config(tiny.root / "unused").model_dump(mode="json")["data"]
     one_language = {"data": {**data, "train": [{**source, "language": "a"} for source in data["train"]]}}
+    # Ranks find nothing packed here: the first of them packs while the others wait.
+    packed = {"data": {**data, "train": [{**source, "packing": "best_fit"} for source in data["train"]]}}
     two = {
+        "packed-DP2": packed,
         "bf16": {"precision": "bf16", "parallel": {**TENSOR_2, "sequence_parallel": True}},
         "llama3-TP2": {**given["llama3"], "parallel": {**TENSOR_2, "sequence_parallel": True}},
         "llama3-PP2": {**given["llama3"], "parallel": PIPELINE_2},
@@ -62,6 +65,7 @@ def runs(tiny: Tiny) -> dict[str, list[dict[str, Any]]]:
             {"llama3-one": given["llama3"], "threes-one": given["threes"], "one-language": one_language}, 1
         ),
         **tiny.train_many(two, 2),
+        **tiny.train_many({"packed-one": {**packed, "data": {**packed["data"], "loader_workers": 0}}}, 1),
         **tiny.train_many({"threes-TP3": {**given["threes"], "parallel": {"tensor_model_parallel_size": 3}}}, 3),
     }
 
@@ -73,7 +77,13 @@ def losses(metrics: list[dict[str, Any]]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "one"), [("llama3-TP2", "llama3-one"), ("llama3-PP2", "llama3-one"), ("threes-TP3", "threes-one")]
+    ("name", "one"),
+    [
+        ("llama3-TP2", "llama3-one"),
+        ("llama3-PP2", "llama3-one"),
+        ("threes-TP3", "threes-one"),
+        ("packed-DP2", "packed-one"),
+    ],
 )
 def test_layout_equals_one_process(name: str, one: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     difference = max(abs(a - b) for a, b in zip(losses(runs[name]), losses(runs[one]), strict=True))
