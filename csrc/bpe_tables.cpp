@@ -44,7 +44,7 @@ std::string spaced(std::string text) {
 }  // namespace
 
 BpeTables::BpeTables(const std::vector<Piece>& pieces, bool byte_fallback, bool escape_whitespaces)
-    : byte_fallback_(byte_fallback), vocab_size_(pieces.size()), low_(kLowCharacters, kNoSymbol), pages_(0x1100, 0) {
+    : byte_fallback_(byte_fallback), vocab_size_(pieces.size()), low_(kLowCharacters, kNoSymbol), pages_(0x1100, 0), merges_({}) {
   high_.emplace_back().fill(kNoSymbol);
   read_specials(pieces, escape_whitespaces);
   const std::vector<Entry> entries = read_entries(pieces, escape_whitespaces);
@@ -56,12 +56,12 @@ BpeTables::BpeTables(const std::vector<Piece>& pieces, bool byte_fallback, bool 
   for (const Entry& entry : entries) {
     for (const char32_t code : entry.text) add_character(code);
   }
-  if (first_character_ + characters_.size() >= kSymbolMask) throw std::invalid_argument("it has too many pieces");
+  if (first_character_ + characters_.size() > MergeTable::kMaxSymbol) throw std::invalid_argument("it has too many pieces");
   add_ranks(entries, long_entries);
-  const std::vector<Split> splits = find_splits(entries, long_entries);
-  fill_merges(splits);
+  const std::vector<Merge> merges = find_merges(entries, long_entries);
+  merges_ = MergeTable(merges);
   fill_joins(entries, long_entries);
-  write_tokens(pieces, entries, splits, long_entries);
+  write_tokens(pieces, entries, merges, long_entries);
 }
 
 void BpeTables::read_specials(const std::vector<Piece>& pieces, bool escape_whitespaces) {
@@ -131,7 +131,7 @@ void BpeTables::add_ranks(const std::vector<Entry>& entries, std::size_t long_en
   }
 }
 
-std::vector<BpeTables::Split> BpeTables::find_splits(const std::vector<Entry>& entries, std::size_t long_entries) const {
+std::vector<Merge> BpeTables::find_merges(const std::vector<Entry>& entries, std::size_t long_entries) const {
   std::unordered_map<std::u32string_view, Symbol> known;
   for (std::size_t k = 0; k < long_entries; ++k) known.emplace(entries[k].text, static_cast<Symbol>(k));
   const auto find = [&](std::u32string_view text) {
@@ -139,54 +139,41 @@ std::vector<BpeTables::Split> BpeTables::find_splits(const std::vector<Entry>& e
     const auto found = known.find(text);
     return found == known.end() ? kNoSymbol : found->second;
   };
-  std::vector<Split> splits;
+  std::vector<Merge> merges;
   for (std::size_t k = 0; k < long_entries; ++k) {
     const std::u32string_view text = entries[k].text;
     for (std::size_t cut = 1; cut < text.size(); ++cut) {
       const Symbol left = find(text.substr(0, cut));
       const Symbol right = find(text.substr(cut));
-      if (left != kNoSymbol && right != kNoSymbol) splits.push_back({left, right, static_cast<Symbol>(k)});
+      if (left != kNoSymbol && right != kNoSymbol) merges.push_back({left, right, static_cast<Symbol>(k)});
     }
   }
-  return splits;
-}
-
-void BpeTables::fill_merges(const std::vector<Split>& splits) {
-  const unsigned bits = log2_above(splits.size() * 2);
-  merges_.assign(std::size_t{1} << bits, kEmpty);
-  merge_shift_ = 64 - bits;
-  merge_mask_ = merges_.size() - 1;
-  for (const Split& split : splits) {
-    const std::uint64_t pair = pack(split.left, split.right);
-    std::size_t slot = (pair * kHash) >> merge_shift_;
-    while (merges_[slot] != kEmpty) slot = (slot + 1) & merge_mask_;
-    merges_[slot] = (pair << kSymbolBits) | split.merged;
-  }
+  return merges;
 }
 
 void BpeTables::fill_joins(const std::vector<Entry>& entries, std::size_t long_entries) {
   const auto as_cut = [&](char32_t code) { return code == kSpace && low_[U' '] == low_[kSpace] ? U' ' : code; };
-  std::unordered_set<std::uint64_t> pairs;
+  std::unordered_set<std::uint64_t> hashes;
   for (std::size_t k = 0; k < long_entries; ++k) {
     const std::u32string& text = entries[k].text;
     for (std::size_t at = 1; at < text.size(); ++at) {
-      pairs.insert(pack(character(text[at - 1]), character(text[at])));
+      hashes.insert(MergeTable::hash(character(text[at - 1]), character(text[at])));
       const char32_t left = as_cut(text[at - 1]);
       const char32_t right = as_cut(text[at]);
       if (left < 128 && right < 128) ascii_joins_[left][right >> 6] |= std::uint64_t{1} << (right & 63);
     }
   }
-  const unsigned bits = log2_above(pairs.size() * kBitsPerJoin);
+  const unsigned bits = log2_above(hashes.size() * kBitsPerJoin);
   joins_.assign((std::size_t{1} << bits) / 64, 0);
   join_shift_ = 64 - bits;
-  for (const std::uint64_t pair : pairs) {
-    const std::uint64_t bit = (pair * kHash) >> join_shift_;
+  for (const std::uint64_t hash : hashes) {
+    const std::uint64_t bit = hash >> join_shift_;
     joins_[bit >> 6] |= std::uint64_t{1} << (bit & 63);
   }
 }
 
 void BpeTables::write_tokens(const std::vector<Piece>& pieces, const std::vector<Entry>& entries,
-                             const std::vector<Split>& splits, std::size_t long_entries) {
+                             const std::vector<Merge>& merges, std::size_t long_entries) {
   const std::size_t symbols = first_character_ + characters_.size();
   tokens_.assign(symbols, kNoSymbol);
   lists_.resize(symbols);
@@ -198,12 +185,12 @@ void BpeTables::write_tokens(const std::vector<Piece>& pieces, const std::vector
     if (entry.text.size() == 1) tokens_[character(entry.text[0])] = entry.id;
     if (entry.text.size() > 1 && entry.type == PieceType::kNormal) tokens_[k] = entry.id;
   }
-  for (const Split& split : splits) {
-    if (tokens_[split.merged] != kNoSymbol) continue;
+  for (const Merge& merge : merges) {
+    if (tokens_[merge.merged] != kNoSymbol) continue;
     // SentencePiece takes such a piece apart as it saw it made last in the whole text: a rule of its own.
-    if (left[split.merged] != kNoSymbol) throw std::invalid_argument("an unused piece can be made in several ways");
-    left[split.merged] = split.left;
-    right[split.merged] = split.right;
+    if (left[merge.merged] != kNoSymbol) throw std::invalid_argument("an unused piece can be made in several ways");
+    left[merge.merged] = merge.left;
+    right[merge.merged] = merge.right;
   }
   for (std::size_t symbol = 0; symbol < symbols; ++symbol) {
     if (tokens_[symbol] != kNoSymbol) continue;

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "merge_table.hpp"
 #include "prefix_set.hpp"
 
 namespace cpt {
@@ -21,11 +22,7 @@ struct Piece {
   PieceType type;
 };
 
-// A symbol is a stretch of text that merging can reach: a piece, or a character that some piece holds.
 // Symbols of several characters come first, the best score first, so that a smaller number merges earlier.
-using Symbol = std::uint32_t;
-inline constexpr Symbol kNoSymbol = 0xffffffffu;
-
 class BpeTables {
  public:
   // Raises std::invalid_argument, with the reason, for a model that these tables cannot stand for.
@@ -37,21 +34,14 @@ class BpeTables {
   }
 
   // What two neighbours become; kNoSymbol where they stay two.
-  Symbol merged(Symbol left, Symbol right) const {
-    const std::uint64_t pair = pack(left, right);
-    for (std::size_t slot = (pair * kHash) >> merge_shift_;; slot = (slot + 1) & merge_mask_) {
-      const std::uint64_t entry = merges_[slot];
-      if (entry == kEmpty) return kNoSymbol;
-      if ((entry >> kSymbolBits) == pair) return static_cast<Symbol>(entry & kSymbolMask);
-    }
-  }
+  Symbol merged(Symbol left, Symbol right) const { return merges_.find(left, right); }
 
   // Which of two merges goes first: the smaller rank; equal scores have equal ranks.
   std::uint32_t rank(Symbol symbol) const { return has_ties_ ? ranks_[symbol] : symbol; }
 
   // Whether some piece may hold these two characters side by side. False is certain, true is not.
   bool joins(Symbol left, Symbol right) const {
-    const std::uint64_t bit = (pack(left, right) * kHash) >> join_shift_;
+    const std::uint64_t bit = MergeTable::hash(left, right) >> join_shift_;
     return (joins_[bit >> 6] >> (bit & 63)) & 1;
   }
   bool ascii_joins(unsigned char left, unsigned char right) const {
@@ -76,28 +66,14 @@ class BpeTables {
     PieceType type;
     float score;
   };
-  struct Split {
-    Symbol left;
-    Symbol right;
-    Symbol merged;
-  };
-
-  static constexpr int kSymbolBits = 21;
-  static constexpr std::uint64_t kSymbolMask = (std::uint64_t{1} << kSymbolBits) - 1;
-  static constexpr std::uint64_t kEmpty = ~std::uint64_t{0};
-  static constexpr std::uint64_t kHash = 0x9e3779b97f4a7c15u;
-
-  static std::uint64_t pack(Symbol left, Symbol right) { return (std::uint64_t{left} << kSymbolBits) | right; }
-
   void read_specials(const std::vector<Piece>& pieces, bool escape_whitespaces);
   std::vector<Entry> read_entries(const std::vector<Piece>& pieces, bool escape_whitespaces) const;
   void add_character(char32_t code);
   void add_ranks(const std::vector<Entry>& entries, std::size_t long_entries);
-  std::vector<Split> find_splits(const std::vector<Entry>& entries, std::size_t long_entries) const;
-  void fill_merges(const std::vector<Split>& splits);
+  std::vector<Merge> find_merges(const std::vector<Entry>& entries, std::size_t long_entries) const;
   void fill_joins(const std::vector<Entry>& entries, std::size_t long_entries);
   void write_tokens(const std::vector<Piece>& pieces, const std::vector<Entry>& entries,
-                    const std::vector<Split>& splits, std::size_t long_entries);
+                    const std::vector<Merge>& merges, std::size_t long_entries);
   void spell(Symbol symbol, const std::vector<Symbol>& unused_left, const std::vector<Symbol>& unused_right,
              std::vector<std::uint32_t>& ids) const;
 
@@ -114,9 +90,7 @@ class BpeTables {
   std::vector<char32_t> characters_;              // of the symbols from `first_character_` on
   Symbol first_character_ = 0;
 
-  std::vector<std::uint64_t> merges_;             // left, right, merged: open addressing
-  unsigned merge_shift_ = 0;
-  std::size_t merge_mask_ = 0;
+  MergeTable merges_;
   std::vector<std::uint32_t> ranks_;
   std::vector<std::uint64_t> joins_;              // one bit a hashed pair
   unsigned join_shift_ = 0;

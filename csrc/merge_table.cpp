@@ -1,0 +1,57 @@
+#include "merge_table.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+namespace cpt {
+
+namespace {
+
+constexpr std::size_t kPairsPerGroup = 4;
+
+}  // namespace
+
+MergeTable::MergeTable(const std::vector<Merge>& merges) : size_(merges.size() + merges.size() / 4 + 1) {
+  unsigned bits = 1;
+  while ((std::size_t{1} << bits) * kPairsPerGroup < merges.size()) ++bits;
+  group_shift_ = 64 - bits;
+  while (!fill(merges)) multiplier_ = multiplier_ * 0xd1342543de82ef95u | 1;
+}
+
+// Whether every group found its number.
+bool MergeTable::fill(const std::vector<Merge>& merges) {
+  const std::size_t groups = std::size_t{1} << (64 - group_shift_);
+  entries_.assign(size_, kEmpty);
+  displacements_.assign(groups, 0);
+  std::vector<std::vector<std::size_t>> members(groups);
+  const auto hash_of = [&](std::size_t k) { return pack(merges[k].left, merges[k].right) * multiplier_; };
+  for (std::size_t k = 0; k < merges.size(); ++k) members[hash_of(k) >> group_shift_].push_back(k);
+  std::vector<std::size_t> order(groups);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return members[a].size() > members[b].size(); });
+  std::vector<std::size_t> places;
+  for (const std::size_t group : order) {
+    if (members[group].empty()) break;
+    std::uint32_t displacement = 0;
+    for (;; ++displacement) {
+      if (displacement > std::numeric_limits<std::uint16_t>::max()) return false;
+      places.clear();
+      for (const std::size_t k : members[group]) {
+        const std::size_t at = place(hash_of(k), displacement);
+        if (entries_[at] != kEmpty || std::find(places.begin(), places.end(), at) != places.end()) break;
+        places.push_back(at);
+      }
+      if (places.size() == members[group].size()) break;
+    }
+    displacements_[group] = static_cast<std::uint16_t>(displacement);
+    for (std::size_t m = 0; m < places.size(); ++m) {
+      const Merge& merge = merges[members[group][m]];
+      entries_[places[m]] = (pack(merge.left, merge.right) << kSymbolBits) | merge.merged;
+    }
+  }
+  return true;
+}
+
+}  // namespace cpt
