@@ -94,57 +94,68 @@ class Run {
 
   // Merges and writes the part that begins at `at`; returns its end.
   const char* part(const char* at, const char* end) {
-    std::vector<Symbol>& symbols = scratch_.symbols;
-    symbols.clear();
-    const char* start = at;
+    const char* const start = at;
     Symbol symbol = tables_.character(utf8::decode(at));
     if (symbol == kNoSymbol) {
       spell(start, at);
       return at;
     }
-    symbols.push_back(symbol);
+    Symbol symbols[kShortPart];
+    Symbol pairs[kShortPart];  // what each symbol and the next become
+    std::size_t count = 1;
+    symbols[0] = symbol;
     while (at < end) {
       const char* next = at;
       const Symbol right = tables_.character(utf8::decode(next));
       if (right == kNoSymbol || !tables_.joins(symbol, right)) break;
-      symbols.push_back(right);
-      symbol = right;
+      if (count == kShortPart) return long_part(start, end);
+      pairs[count - 1] = tables_.merged(symbol, right);
+      symbols[count++] = symbol = right;
       at = next;
     }
-    if (symbols.size() == 1) {
-      write(symbol);
-    } else if (symbols.size() <= kShortPart) {
-      merge_short(symbols.data(), symbols.size());
-    } else {
-      merge_long(symbols);
-    }
+    count = merge(symbols, pairs, count);
+    for (std::size_t k = 0; k < count; ++k) write(symbols[k]);
     return at;
   }
 
-  void merge_short(Symbol* symbols, std::size_t count) {
-    Symbol pairs[kShortPart];
-    for (std::size_t k = 0; k + 1 < count; ++k) pairs[k] = tables_.merged(symbols[k], symbols[k + 1]);
+  // Merges the best pair, the leftmost of equals, until none is left; returns how many symbols stay.
+  std::size_t merge(Symbol* symbols, Symbol* pairs, std::size_t count) const {
     while (count > 1) {
       std::size_t best = 0;
-      std::uint32_t best_rank = rank(pairs[0]);
+      Symbol merged = pairs[0];
       for (std::size_t k = 1; k + 1 < count; ++k) {
-        const std::uint32_t other = rank(pairs[k]);
-        if (other < best_rank) {
-          best_rank = other;
-          best = k;
-        }
+        best = pairs[k] < merged ? k : best;
+        merged = pairs[k] < merged ? pairs[k] : merged;
       }
-      if (best_rank == kNoSymbol) break;
+      if (merged == kNoSymbol) break;
+      if (merged >= tables_.first_tie()) {
+        best = 0;
+        while (rank(pairs[best]) != rank(merged)) ++best;
+      }
       symbols[best] = pairs[best];
       --count;
+      if (best > 0) pairs[best - 1] = tables_.merged(symbols[best - 1], symbols[best]);
       for (std::size_t k = best + 1; k < count; ++k) {
         symbols[k] = symbols[k + 1];
         pairs[k - 1] = pairs[k];
       }
       if (best + 1 < count) pairs[best] = tables_.merged(symbols[best], symbols[best + 1]);
-      if (best > 0) pairs[best - 1] = tables_.merged(symbols[best - 1], symbols[best]);
     }
-    for (std::size_t k = 0; k < count; ++k) write(symbols[k]);
+    return count;
+  }
+
+  const char* long_part(const char* at, const char* end) {
+    std::vector<Symbol>& symbols = scratch_.symbols;
+    symbols.assign(1, tables_.character(utf8::decode(at)));
+    while (at < end) {
+      const char* next = at;
+      const Symbol right = tables_.character(utf8::decode(next));
+      if (right == kNoSymbol || !tables_.joins(symbols.back(), right)) break;
+      symbols.push_back(right);
+      at = next;
+    }
+    merge_long(symbols);
+    return at;
   }
 
   std::uint32_t rank(Symbol pair) const { return pair == kNoSymbol ? kNoSymbol : tables_.rank(pair); }

@@ -126,8 +126,8 @@ void BpeTables::add_ranks(const std::vector<Entry>& entries, std::size_t long_en
   ranks_.resize(long_entries);
   for (std::size_t k = 0; k < long_entries; ++k) {
     const bool tie = k > 0 && entries[k].score == entries[k - 1].score;
-    has_ties_ |= tie;
     ranks_[k] = tie ? ranks_[k - 1] : static_cast<std::uint32_t>(k);
+    if (tie) first_tie_ = std::min(first_tie_, ranks_[k]);
   }
 }
 

@@ -37,7 +37,9 @@ class BpeTables {
   Symbol merged(Symbol left, Symbol right) const { return merges_.find(left, right); }
 
   // Which of two merges goes first: the smaller rank; equal scores have equal ranks.
-  std::uint32_t rank(Symbol symbol) const { return has_ties_ ? ranks_[symbol] : symbol; }
+  // Below `first_tie` no two symbols are equals.
+  std::uint32_t rank(Symbol symbol) const { return ranks_[symbol]; }
+  Symbol first_tie() const { return first_tie_; }
 
   // Whether some piece may hold these two characters side by side. False is certain, true is not.
   bool joins(Symbol left, Symbol right) const {
@@ -78,7 +80,7 @@ class BpeTables {
              std::vector<std::uint32_t>& ids) const;
 
   bool byte_fallback_;
-  bool has_ties_ = false;
+  Symbol first_tie_ = kNoSymbol;
   std::size_t vocab_size_;
   std::uint32_t unknown_ = kNoSymbol;
   std::array<std::uint32_t, 256> byte_tokens_{};
