@@ -1,6 +1,7 @@
 #include "bpe.hpp"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <limits>
 #include <stdexcept>
@@ -12,6 +13,7 @@ namespace cpt {
 namespace {
 
 constexpr std::size_t kPadding = 16;  // readable bytes behind a text
+constexpr std::size_t kWordsAhead = 16;  // words whose places in the cache are asked for before the first is used
 constexpr std::size_t kShortPart = 48;  // symbols: above, a heap is faster than looking through them all
 
 bool is_letter(char byte) { return static_cast<unsigned char>((byte | 0x20) - 'a') < 26; }
@@ -29,24 +31,59 @@ std::size_t letters(const char* at) {
   }
 }
 
-// Encodes the text of one document behind what is in `out`.
+// Encodes texts behind what is in `out`. Until `finish`, `out.tokens` is longer than what was written.
 template <class Token>
 class Run {
  public:
   Run(const BpeTables& tables, BpeScratch& scratch, Encoded<Token>& out) : tables_(tables), scratch_(scratch), out_(out) {}
 
+  // 16 bytes behind `end` must be readable.
   void encode(const char* at, const char* end) {
     while (at < end) {
       const char* const start = at;
       if (static_cast<unsigned char>(*at) < 0x80 && (at = ascii_part(start, end)) != nullptr) {
-        word(start, static_cast<std::size_t>(at - start));
+        queue(start, static_cast<std::size_t>(at - start));
       } else {
+        flush();
         at = part(start, end);
       }
     }
+    flush();
   }
 
+  std::size_t size() const { return size_; }
+
+  void put(std::uint32_t token) {
+    reserve(1);
+    out_.tokens[size_++] = static_cast<Token>(token);
+  }
+
+  void truncate(std::size_t size) { size_ = size; }
+
+  // Without byte fallback a run of unknown characters is one token. Counts what stays.
+  void join_unknown(std::size_t first) {
+    const auto unknown = static_cast<Token>(tables_.unknown());
+    Token* const begin = out_.tokens.data() + first;
+    const auto both = [unknown](Token a, Token b) { return a == unknown && b == unknown; };
+    Token* const end = std::unique(begin, out_.tokens.data() + size_, both);
+    out_.unknown_tokens += std::count(begin, end, unknown);
+    size_ = static_cast<std::size_t>(end - out_.tokens.data());
+  }
+
+  void finish() { out_.tokens.resize(size_); }
+
  private:
+  struct Queued {
+    const char* at;
+    std::size_t bytes;
+    WordKey key;
+    Word* bucket;
+  };
+
+  void reserve(std::size_t more) {
+    if (size_ + more > out_.tokens.size()) out_.tokens.resize((size_ + more) * 3 / 2 + 1024);
+  }
+
   // End of the part that begins at `at`, or null where it holds more than ASCII. Letters are never cut
   // from letters nor from a space before them: a cut is a right, not a duty.
   const char* ascii_part(const char* at, const char* end) const {
@@ -67,25 +104,46 @@ class Run {
     return a != kNoSymbol && b != kNoSymbol && tables_.joins(a, b);
   }
 
-  void word(const char* at, std::size_t bytes) {
+  void queue(const char* at, std::size_t bytes) {
     if (bytes > WordKey::kMaxBytes) {
+      flush();
       parts(at, at + bytes);
       return;
     }
-    const WordKey key = WordKey::of(at, bytes);
-    if (const Word* known = scratch_.cache.find(key)) {
-      for (std::size_t k = 0; k < known->count; ++k) out_.tokens.push_back(static_cast<Token>(known->tokens[k]));
-      out_.byte_tokens += known->byte_tokens;
-      return;
+    Queued& word = queue_[queued_++];
+    word.at = at;
+    word.bytes = bytes;
+    word.key = WordKey::of(at, bytes);
+    word.bucket = scratch_.cache.bucket(word.key);
+    if (queued_ == kWordsAhead) flush();
+  }
+
+  void flush() {
+    reserve(kWordsAhead * Word::kMaxTokens);
+    for (std::size_t k = 0; k < queued_; ++k) {
+      const Queued& word = queue_[k];
+      if (const Word* known = WordCache::find(word.bucket, word.key)) {
+        Token* const to = out_.tokens.data() + size_;
+        for (std::size_t t = 0; t < Word::kMaxTokens; ++t) to[t] = static_cast<Token>(known->tokens[t]);
+        size_ += known->count;
+        out_.byte_tokens += known->byte_tokens;
+      } else {
+        learn(word);
+        reserve(kWordsAhead * Word::kMaxTokens);
+      }
     }
-    const std::size_t before = out_.tokens.size();
+    queued_ = 0;
+  }
+
+  void learn(const Queued& word) {
+    const std::size_t before = size_;
     const std::int64_t bytes_before = out_.byte_tokens;
-    parts(at, at + bytes);
-    const std::size_t count = out_.tokens.size() - before;
+    parts(word.at, word.at + word.bytes);
+    const std::size_t count = size_ - before;
     if (count > Word::kMaxTokens) return;
-    Word fresh{key, {}, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(out_.byte_tokens - bytes_before)};
+    Word fresh{word.key, {}, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(out_.byte_tokens - bytes_before)};
     for (std::size_t k = 0; k < count; ++k) fresh.tokens[k] = static_cast<std::uint32_t>(out_.tokens[before + k]);
-    scratch_.cache.put(fresh);
+    WordCache::put(word.bucket, fresh);
   }
 
   void parts(const char* at, const char* end) {
@@ -206,31 +264,34 @@ class Run {
   void write(Symbol symbol) {
     const std::uint32_t token = tables_.token(symbol);
     if (token != kNoSymbol) {
-      out_.tokens.push_back(static_cast<Token>(token));
+      put(token);
       return;
     }
-    for (const std::uint32_t id : tables_.tokens(symbol)) out_.tokens.push_back(static_cast<Token>(id));
+    for (const std::uint32_t id : tables_.tokens(symbol)) put(id);
     out_.byte_tokens += tables_.bytes_among(symbol);
   }
 
   // A character that no piece holds.
   void spell(const char* at, const char* end) {
     if (!tables_.byte_fallback()) {
-      out_.tokens.push_back(static_cast<Token>(tables_.unknown()));
+      put(tables_.unknown());
       return;
     }
     out_.byte_tokens += end - at;
-    for (; at < end; ++at) out_.tokens.push_back(static_cast<Token>(tables_.byte_token(static_cast<unsigned char>(*at))));
+    for (; at < end; ++at) put(tables_.byte_token(static_cast<unsigned char>(*at)));
   }
 
   const BpeTables& tables_;
   BpeScratch& scratch_;
   Encoded<Token>& out_;
+  std::size_t size_ = 0;
+  std::array<Queued, kWordsAhead> queue_;
+  std::size_t queued_ = 0;
 };
 
 // The text between user-defined symbols is merged on its own; they are taken first, the longest wherever one begins.
 template <class Token>
-void encode_around(const PrefixSet& symbols, std::string_view text, Run<Token>& run, Encoded<Token>& out) {
+void encode_around(const PrefixSet& symbols, std::string_view text, Run<Token>& run) {
   std::size_t start = 0;
   std::size_t at = 0;
   while (at < text.size()) {
@@ -240,20 +301,10 @@ void encode_around(const PrefixSet& symbols, std::string_view text, Run<Token>& 
       continue;
     }
     run.encode(text.data() + start, text.data() + at);
-    out.tokens.push_back(static_cast<Token>(match.value));
+    run.put(match.value);
     start = at += match.length;
   }
   run.encode(text.data() + start, text.data() + text.size());
-}
-
-// Without byte fallback a run of unknown characters is one token. Counts what stays.
-template <class Token>
-void join_unknown(Encoded<Token>& out, std::size_t first, std::uint32_t unknown_id) {
-  const auto unknown = static_cast<Token>(unknown_id);
-  const auto begin = out.tokens.begin() + static_cast<std::ptrdiff_t>(first);
-  const auto both = [unknown](Token a, Token b) { return a == unknown && b == unknown; };
-  out.tokens.erase(std::unique(begin, out.tokens.end(), both), out.tokens.end());
-  out.unknown_tokens += std::count(out.tokens.begin() + static_cast<std::ptrdiff_t>(first), out.tokens.end(), unknown);
 }
 
 }  // namespace
@@ -274,13 +325,13 @@ Encoded<Token> BpeEncoder::encode(const Block& block, Borders borders) const {
   }
   Encoded<Token> out;
   out.lengths.reserve(block.size());
-  out.tokens.reserve(block.text.size() / 2);
+  out.tokens.resize(block.text.size() / 3);
   std::unique_ptr<BpeScratch> scratch = take_scratch();
   Run<Token> run(tables_, *scratch, out);
   for (std::size_t k = 0; k < block.size(); ++k) {
-    const std::size_t before = out.tokens.size();
-    if (borders.before >= 0) out.tokens.push_back(static_cast<Token>(borders.before));
-    const std::size_t first = out.tokens.size();
+    const std::size_t before = run.size();
+    if (borders.before >= 0) run.put(static_cast<std::uint32_t>(borders.before));
+    const std::size_t first = run.size();
     normalizer_(block.document(k), scratch->text);
     const std::size_t bytes = scratch->text.size();
     scratch->text.append(kPadding, '\0');
@@ -288,18 +339,21 @@ Encoded<Token> BpeEncoder::encode(const Block& block, Borders borders) const {
     if (tables_.user_defined().empty()) {
       run.encode(text.data(), text.data() + bytes);
     } else {
-      encode_around(tables_.user_defined(), text, run, out);
+      encode_around(tables_.user_defined(), text, run);
     }
-    if (!tables_.byte_fallback()) join_unknown(out, first, tables_.unknown());
-    if (out.tokens.size() == first) {
-      out.tokens.resize(before);
+    if (!tables_.byte_fallback()) run.join_unknown(first);
+    if (run.size() == first) {
+      run.truncate(before);
     } else if (borders.after >= 0) {
-      out.tokens.push_back(static_cast<Token>(borders.after));
+      run.put(static_cast<std::uint32_t>(borders.after));
     }
-    const std::size_t length = out.tokens.size() - before;
-    if (length > std::size_t{std::numeric_limits<std::int32_t>::max()}) throw std::length_error("a document of more than 2^31 tokens");
+    const std::size_t length = run.size() - before;
+    if (length > std::size_t{std::numeric_limits<std::int32_t>::max()}) {
+      throw std::length_error("a document of more than 2^31 tokens");
+    }
     out.lengths.push_back(static_cast<std::int32_t>(length));
   }
+  run.finish();
   give_back(std::move(scratch));
   return out;
 }

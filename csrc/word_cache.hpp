@@ -31,7 +31,7 @@ struct WordKey {
     return key;
   }
 
-  bool operator==(const WordKey& other) const { return low == other.low && high == other.high; }
+  bool operator==(const WordKey& other) const { return ((low ^ other.low) | (high ^ other.high)) == 0; }
 
   std::uint64_t low;
   std::uint64_t high;
@@ -53,26 +53,26 @@ class WordCache {
 
   WordCache() : words_(std::size_t{2} << kBucketBits) {}
 
-  const Word* find(const WordKey& key) const {
-    const Word* bucket = &words_[first(key)];
-    if (bucket[0].key == key) return bucket;
-    if (bucket[1].key == key) return bucket + 1;
-    return nullptr;
+  // The place of a word: asked for early, it is there when the word is looked for.
+  Word* bucket(const WordKey& key) {
+    std::uint64_t hash = (key.low ^ (key.high * 0xd6e8feb86659fd93u)) * 0x9e3779b97f4a7c15u;
+    hash = (hash ^ (hash >> 32)) * 0x9e3779b97f4a7c15u;
+    Word* const found = &words_[(hash >> (64 - kBucketBits)) * 2];
+    __builtin_prefetch(found);
+    return found;
   }
 
-  void put(const Word& word) {
-    Word* bucket = &words_[first(word.key)];
+  static const Word* find(const Word* bucket, const WordKey& key) {
+    const Word* const word = bucket + !(bucket[0].key == key);  // no branch: both are as likely
+    return word->key == key ? word : nullptr;
+  }
+
+  static void put(Word* bucket, const Word& word) {
     bucket[1] = bucket[0];
     bucket[0] = word;
   }
 
  private:
-  static std::size_t first(const WordKey& key) {
-    std::uint64_t hash = (key.low ^ (key.high * 0xd6e8feb86659fd93u)) * 0x9e3779b97f4a7c15u;
-    hash = (hash ^ (hash >> 32)) * 0x9e3779b97f4a7c15u;
-    return (hash >> (64 - kBucketBits)) * 2;
-  }
-
   std::vector<Word> words_;  // a word of length 0 is an empty place: no key equals it
 };
 
