@@ -58,9 +58,9 @@ BpeTables::BpeTables(const std::vector<Piece>& pieces, bool byte_fallback, bool 
   }
   if (first_character_ + characters_.size() > MergeTable::kMaxSymbol) throw std::invalid_argument("it has too many pieces");
   add_ranks(entries, long_entries);
-  const std::vector<Merge> merges = find_merges(entries, long_entries);
+  const std::vector<Merge> merges = last_merges(entries, long_entries);
   merges_ = MergeTable(merges);
-  fill_joins(entries, long_entries);
+  fill_joins(entries, merges);
   write_tokens(pieces, entries, merges, long_entries);
 }
 
@@ -131,7 +131,7 @@ void BpeTables::add_ranks(const std::vector<Entry>& entries, std::size_t long_en
   }
 }
 
-std::vector<Merge> BpeTables::find_merges(const std::vector<Entry>& entries, std::size_t long_entries) const {
+std::vector<Merge> BpeTables::all_merges(const std::vector<Entry>& entries, std::size_t long_entries) const {
   std::unordered_map<std::u32string_view, Symbol> known;
   for (std::size_t k = 0; k < long_entries; ++k) known.emplace(entries[k].text, static_cast<Symbol>(k));
   const auto find = [&](std::u32string_view text) {
@@ -151,11 +151,39 @@ std::vector<Merge> BpeTables::find_merges(const std::vector<Entry>& entries, std
   return merges;
 }
 
-void BpeTables::fill_joins(const std::vector<Entry>& entries, std::size_t long_entries) {
+// The one merge that makes each piece. Merging treats a stretch of text the same way whatever stands around it,
+// until something is merged across its ends; so a piece always comes about as when its text stands alone, by the
+// same last merge. Every other way to put it together never happens, and a piece that is not reached never appears.
+std::vector<Merge> BpeTables::last_merges(const std::vector<Entry>& entries, std::size_t long_entries) const {
+  const MergeTable all(all_merges(entries, long_entries));
+  std::vector<Merge> merges;
+  std::vector<Symbol> symbols;
+  for (std::size_t k = 0; k < long_entries; ++k) {
+    symbols.clear();
+    for (const char32_t code : entries[k].text) symbols.push_back(character(code));
+    while (symbols.size() > 1) {
+      std::size_t best = 0;
+      Symbol merged = kNoSymbol;
+      for (std::size_t at = 0; at + 1 < symbols.size(); ++at) {
+        const Symbol pair = all.find(symbols[at], symbols[at + 1]);
+        if (pair == kNoSymbol || (merged != kNoSymbol && rank(pair) >= rank(merged))) continue;
+        merged = pair;
+        best = at;
+      }
+      if (merged == kNoSymbol) break;
+      if (merged == k) merges.push_back({symbols[0], symbols[1], merged});
+      symbols[best] = merged;
+      symbols.erase(symbols.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+    }
+  }
+  return merges;
+}
+
+void BpeTables::fill_joins(const std::vector<Entry>& entries, const std::vector<Merge>& merges) {
   const auto as_cut = [&](char32_t code) { return code == kSpace && low_[U' '] == low_[kSpace] ? U' ' : code; };
   std::unordered_set<std::uint64_t> hashes;
-  for (std::size_t k = 0; k < long_entries; ++k) {
-    const std::u32string& text = entries[k].text;
+  for (const Merge& merge : merges) {
+    const std::u32string& text = entries[merge.merged].text;
     for (std::size_t at = 1; at < text.size(); ++at) {
       hashes.insert(MergeTable::hash(character(text[at - 1]), character(text[at])));
       const char32_t left = as_cut(text[at - 1]);
@@ -187,8 +215,6 @@ void BpeTables::write_tokens(const std::vector<Piece>& pieces, const std::vector
   }
   for (const Merge& merge : merges) {
     if (tokens_[merge.merged] != kNoSymbol) continue;
-    // SentencePiece takes such a piece apart as it saw it made last in the whole text: a rule of its own.
-    if (left[merge.merged] != kNoSymbol) throw std::invalid_argument("an unused piece can be made in several ways");
     left[merge.merged] = merge.left;
     right[merge.merged] = merge.right;
   }

@@ -72,8 +72,9 @@ class BpeTables {
   std::vector<Entry> read_entries(const std::vector<Piece>& pieces, bool escape_whitespaces) const;
   void add_character(char32_t code);
   void add_ranks(const std::vector<Entry>& entries, std::size_t long_entries);
-  std::vector<Merge> find_merges(const std::vector<Entry>& entries, std::size_t long_entries) const;
-  void fill_joins(const std::vector<Entry>& entries, std::size_t long_entries);
+  std::vector<Merge> all_merges(const std::vector<Entry>& entries, std::size_t long_entries) const;
+  std::vector<Merge> last_merges(const std::vector<Entry>& entries, std::size_t long_entries) const;
+  void fill_joins(const std::vector<Entry>& entries, const std::vector<Merge>& merges);
   void write_tokens(const std::vector<Piece>& pieces, const std::vector<Entry>& entries,
                     const std::vector<Merge>& merges, std::size_t long_entries);
   void spell(Symbol symbol, const std::vector<Symbol>& unused_left, const std::vector<Symbol>& unused_right,
