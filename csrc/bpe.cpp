@@ -178,26 +178,49 @@ class Run {
 
   // Merges the best pair, the leftmost of equals, until none is left; returns how many symbols stay.
   std::size_t merge(Symbol* symbols, Symbol* pairs, std::size_t count) const {
-    while (count > 1) {
-      std::size_t best = 0;
-      Symbol merged = pairs[0];
-      for (std::size_t k = 1; k + 1 < count; ++k) {
-        best = pairs[k] < merged ? k : best;
-        merged = pairs[k] < merged ? pairs[k] : merged;
-      }
-      if (merged == kNoSymbol) break;
+    std::size_t best = 0;
+    Symbol merged = count > 1 ? pairs[0] : kNoSymbol;
+    for (std::size_t k = 1; k + 1 < count; ++k) {
+      best = pairs[k] < merged ? k : best;
+      merged = pairs[k] < merged ? pairs[k] : merged;
+    }
+    while (merged != kNoSymbol) {
       if (merged >= tables_.first_tie()) {
         best = 0;
         while (rank(pairs[best]) != rank(merged)) ++best;
+        merged = pairs[best];
       }
-      symbols[best] = pairs[best];
+      symbols[best] = merged;
       --count;
-      if (best > 0) pairs[best - 1] = tables_.merged(symbols[best - 1], symbols[best]);
-      for (std::size_t k = best + 1; k < count; ++k) {
-        symbols[k] = symbols[k + 1];
-        pairs[k - 1] = pairs[k];
+      const std::size_t at = best;
+      const Symbol on_left = at > 0 ? tables_.merged(symbols[at - 1], merged) : kNoSymbol;
+      const Symbol on_right = at + 1 < count ? tables_.merged(merged, symbols[at + 2]) : kNoSymbol;
+      merged = kNoSymbol;
+      for (std::size_t k = 0; k + 1 < at; ++k) {
+        best = pairs[k] < merged ? k : best;
+        merged = pairs[k] < merged ? pairs[k] : merged;
       }
-      if (best + 1 < count) pairs[best] = tables_.merged(symbols[best], symbols[best + 1]);
+      for (std::size_t k = at + 1; k < count; ++k) {
+        symbols[k] = symbols[k + 1];
+        if (k + 1 == count) break;
+        pairs[k] = pairs[k + 1];
+        best = pairs[k] < merged ? k : best;
+        merged = pairs[k] < merged ? pairs[k] : merged;
+      }
+      if (at > 0) {
+        pairs[at - 1] = on_left;
+        if (__builtin_expect(on_left < merged, 0)) {
+          merged = on_left;
+          best = at - 1;
+        }
+      }
+      if (at + 1 < count) {
+        pairs[at] = on_right;
+        if (__builtin_expect(on_right < merged, 0)) {
+          merged = on_right;
+          best = at;
+        }
+      }
     }
     return count;
   }
