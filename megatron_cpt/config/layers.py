@@ -144,9 +144,9 @@ def _descend(tree: Any, parts: tuple[str, ...]) -> Any:
     return tree
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(shelf: Path = RECIPES) -> list[str]:
+    """Names of the recipes (or of what else lies on the shelf) that come with the package."""
+    return sorted(path.stem for path in shelf.glob("*.yaml"))
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -160,25 +160,26 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}{place}: not valid YAML: {problem}") from None
 
 
-def read_layers(source: str | Path, overrides: Sequence[str] = ()) -> Layers:
+def read_layers(source: str | Path, overrides: Sequence[str] = (), shelf: Path = RECIPES) -> Layers:
     """Read a recipe (by name) or a YAML file, what it `extends` first, then lay `overrides` on top.
 
     Args:
         source: name of a recipe, or path of a file. A recipe's name wins over a file of that name.
         overrides: `path.to.key=value` each, in order; the value is YAML.
+        shelf: folder of the package that holds the files with names; what it holds is called as it is ("recipes").
 
     Raises:
         ConfigError: no such recipe or file, broken YAML, a circle of `extends`, a bad override.
     """
     layers = Layers(str(source))
-    _read_chain(layers, str(source), Path(), [])
+    _read_chain(layers, str(source), Path(), [], shelf)
     for assignment in overrides:
         layers.override(assignment)
     return layers
 
 
-def _read_chain(layers: Layers, reference: str, folder: Path, chain: list[Path]) -> None:
-    path, origin = _locate(reference, folder)
+def _read_chain(layers: Layers, reference: str, folder: Path, chain: list[Path], shelf: Path) -> None:
+    path, origin = _locate(reference, folder, shelf)
     if path.resolve() in chain:
         circle = " -> ".join(str(step) for step in [*chain, path.resolve()])
         raise ConfigError(f"'extends' goes in a circle: {circle}; remove one of them")
@@ -186,22 +187,26 @@ def _read_chain(layers: Layers, reference: str, folder: Path, chain: list[Path])
     parent = tree.pop("extends", None)
     if parent is not None:
         if not isinstance(parent, str):
-            raise ConfigError(f"{path}: 'extends' got {parent!r}, expected one recipe name or one path")
-        _read_chain(layers, parent, path.parent, [*chain, path.resolve()])
+            raise ConfigError(f"{path}: 'extends' got {parent!r}, expected one {_noun(shelf)} name or one path")
+        _read_chain(layers, parent, path.parent, [*chain, path.resolve()], shelf)
     layers.overlay(tree, origin)
 
 
-def _locate(reference: str, folder: Path) -> tuple[Path, str]:
-    names = recipe_names()
+def _noun(shelf: Path) -> str:
+    return shelf.name.removesuffix("s")
+
+
+def _locate(reference: str, folder: Path, shelf: Path) -> tuple[Path, str]:
+    names, noun = recipe_names(shelf), _noun(shelf)
     if reference in names:
-        return RECIPES / f"{reference}.yaml", f"recipe {reference}"
+        return shelf / f"{reference}.yaml", f"{noun} {reference}"
     path = folder / reference
     if path.is_file():
         return path, f"file {path}"
     near = difflib.get_close_matches(reference, names, n=1)
-    hint = f"did you mean the recipe {near[0]!r}?" if near else f"recipes are {', '.join(names)}"
-    kind = "a folder" if path.is_dir() else "neither a recipe nor a file"
-    raise ConfigError(f"{path} is {kind}; expected a recipe's name or a YAML file: {hint}")
+    hint = f"did you mean the {noun} {near[0]!r}?" if near else f"{noun}s are {', '.join(names)}"
+    kind = "a folder" if path.is_dir() else f"neither a {noun} nor a file"
+    raise ConfigError(f"{path} is {kind}; expected a {noun}'s name or a YAML file: {hint}")
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_cpt.config.layers import SET_ORIGIN, Layers, read_layers
+from megatron_cpt.config.layers import RECIPES, SET_ORIGIN, Layers, read_layers
 from megatron_cpt.config.manifest import sha256_json
 from megatron_cpt.config.rules import check_rules
 from megatron_cpt.config.schema import LANGUAGE_RULE, RunConfig, TrainConfig
@@ -44,21 +44,24 @@ class Resolved(Generic[Config]):
         return "".join(f"{line}\n" for line in _yaml_lines(self.config.model_dump(mode="json"), self.origins))
 
 
-def load_config(source: str | Path, model: type[Config], overrides: Sequence[str] = ()) -> Resolved[Config]:
+def load_config(
+    source: str | Path, model: type[Config], overrides: Sequence[str] = (), shelf: Path = RECIPES
+) -> Resolved[Config]:
     """Load a recipe or YAML file as `model`.
 
     Types are JSON's, so `"3"` or `true` is no integer; a list stands for a tuple.
 
     Args:
         source: a recipe's name or a file's path; the file may name another one as `extends`.
-        model: `RunConfig` or `TrainConfig`.
+        model: `RunConfig`, `TrainConfig`, or the section that files of another shelf hold.
         overrides: `path.to.key=value` each; later ones win.
+        shelf: folder of the package that holds the files with names.
 
     Raises:
         ConfigError: anything unreadable, unknown, out of range or against the rules of `config.rules`,
             one line for each problem.
     """
-    return _resolve(read_layers(source, overrides), model)
+    return _resolve(read_layers(source, overrides, shelf), model)
 
 
 def load_any_config(source: str | Path, overrides: Sequence[str] = ()) -> Resolved[RunConfig] | Resolved[TrainConfig]:
@@ -136,15 +139,20 @@ def _place(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str
     path: list[str] = []
     holder: type[BaseModel] = model
     section: type[BaseModel] | None = model
+    is_chosen = False  # the next name is one that the user chose
     for part in loc:
         # Below a plain value a name is pydantic's for a member of a union, not a key.
         if isinstance(part, int):
             path.append(str(part))
-        elif section is not None:
+        elif is_chosen and section is not None:
+            path.append(part)
+            is_chosen = False
+        elif section is not None and part != section.__name__:
             path.append(part)
             holder = section
             known = section.model_fields.get(part)
             section = _section_in(known.annotation) if known else None
+            is_chosen = known is not None and get_origin(known.annotation) is dict
     return path, holder
 
 
