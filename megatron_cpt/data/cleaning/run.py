@@ -1,0 +1,288 @@
+"""Cleaning of corpus files from beginning to end, on one machine; may be killed and run again at any moment.
+
+The folder `<output>/.work` holds the journal until the end:
+1. `scan/`: each file is read, normalised, measured and judged (`passes.Scan`); files are parts, any shard of
+   which another process may do.
+2. `verdicts/`: the signatures of what the rules keep are searched for duplicates.
+3. `write/`: each file is read again, and what stays is written (`passes.Write`).
+4. The written files are moved to `<output>`, then come the report and, last, the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.config.manifest import (
+    read_json,
+    read_manifest,
+    sha256_file,
+    sha256_json,
+    write_json_atomic,
+    write_manifest,
+)
+from megatron_cpt.data.blocks import open_blocks
+from megatron_cpt.data.cleaning.duplicates import find_duplicates
+from megatron_cpt.data.cleaning.passes import (
+    EXACT_DUPLICATE,
+    NEAR_DUPLICATE,
+    Job,
+    OnError,
+    Scan,
+    Verdicts,
+    Write,
+    digest,
+    scorers_of,
+)
+from megatron_cpt.data.cleaning.profiles import Profile
+from megatron_cpt.data.cleaning.report import make_report, write_report
+from megatron_cpt.data.cleaning.rules import KEPT
+from megatron_cpt.data.ordered import Progress, run_parts
+from megatron_cpt.data.parts import Notice, Parts, check_shard
+from megatron_cpt.errors import DataError
+
+KIND = "cleaned corpus"
+MANIFEST = "manifest.json"
+_WORK = ".work"
+_ENDINGS = (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
+
+
+def clean_files(
+    files: Sequence[str | Path],
+    output: str | Path,
+    profile: Profile,
+    workers: int = 1,
+    shard: tuple[int, int] | None = None,
+    text_field: str = "text",
+    on_error: OnError = "stop",
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+    notice: Notice | None = None,
+) -> dict[str, Any]:
+    """Write `<output>/<name>.jsonl.zst` for each file: its documents that the profile keeps, in their order.
+
+    Records keep all their fields, and their very bytes where no step of the profile changes the text. A file
+    of which nothing stays gives none. `report.md` (with plots), `report.json` and `manifest.json` say what
+    was done. The result does not depend on `workers`, `shard`, or on how often the work was stopped and
+    continued.
+
+    Args:
+        files: corpus files, of the kinds that `open_blocks` reads; duplicates are dropped in their order.
+        output: folder to write; new, empty, or where the same command was stopped.
+        profile: what to do, see `load_profile`.
+        workers: threads.
+        shard: (i, n) only measures and judges every n-th file from the i-th on; a call without it does what
+            is then missing.
+        text_field: field (column) that holds the text.
+        on_error: "stop" at a record without a text, or "skip" such records, counted and logged in `faults.log`.
+        overwrite: replace a finished cleaning.
+        on_progress: called with (bytes read, bytes in all) of both walks.
+        notice: is told when work that was done is done again.
+
+    Returns:
+        The report; of a shard how many files are judged and how many are not yet.
+
+    Raises:
+        DataError: wrong input, a record without a text, or an output folder that is in use.
+    """
+    inputs, output = tuple(Path(file) for file in files), Path(output)
+    if shard is not None:
+        check_shard(shard, inputs)
+    job = Job(profile, text_field, on_error)
+    scan = Parts(output / _WORK / "scan", "judged corpus", _options(job), inputs)
+    _check_output(output, overwrite)
+    scan.claim(replace=overwrite)
+    _scan(scan, job, workers, shard, on_progress, notice)
+    if shard is not None:
+        left = len(scan.pending())
+        return {"judged_files": len(inputs) - left, "files_left": left}
+    found = _decide(scan, job, output / _WORK / "verdicts", workers)
+    write = Parts(output / _WORK / "write", KIND, {**scan.options, "scan": found["scan"]}, inputs)
+    write.claim(replace=True)
+    _write(scan, write, job, workers, on_progress, notice)
+    return _finish(scan, write, job, found, output)
+
+
+def _options(job: Job) -> dict[str, Any]:
+    models = {
+        value: sha256_file(value)
+        for scorer in job.profile.active_scorers.values()
+        for value in scorer.options.values()
+        if isinstance(value, str) and Path(value).is_file()
+    }
+    return {
+        "profile": job.profile.model_dump(mode="json"),
+        "models": models,
+        "text_field": job.text_field,
+        "on_error": job.on_error,
+    }
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if (output / MANIFEST).exists():
+        if not overwrite:
+            raise DataError(f"{output} holds a finished cleaning; choose another folder, or ask to overwrite it")
+        read_manifest(output / MANIFEST, KIND, DataError)
+    elif output.exists() and not (output / _WORK).exists() and any(output.iterdir()):
+        raise DataError(f"{output} is not empty; choose another folder")
+
+
+def _scan(
+    scan: Parts,
+    job: Job,
+    workers: int,
+    shard: tuple[int, int] | None,
+    on_progress: Progress | None,
+    notice: Notice | None,
+) -> None:
+    scorers = scorers_of(job.profile)
+    walks = 1 if shard is not None else 2
+    run_parts(
+        scan,
+        scan.pending(shard),
+        lambda path, start: open_blocks(path, job.text_field, start),
+        lambda part: Scan(job, scorers, part),
+        workers,
+        None if on_progress is None else lambda done, total: on_progress(done, walks * total),
+        notice,
+    )
+
+
+def _write(
+    scan: Parts, write: Parts, job: Job, workers: int, on_progress: Progress | None, notice: Notice | None
+) -> None:
+    def open_work(part: Any) -> Write:
+        judged = scan.read(part.number)
+        documents = np.fromfile(judged.path("documents"), "<i8") if judged.blocks else np.zeros(0, np.int64)
+        return Write(job, part, documents, np.load(_verdicts_path(write.folder.parent / "verdicts", part.number)))
+
+    run_parts(
+        write,
+        write.pending(),
+        lambda path, start: open_blocks(path, job.text_field, start),
+        open_work,
+        workers,
+        None if on_progress is None else lambda done, total: on_progress(total + done, 2 * total),
+        notice,
+    )
+
+
+def _verdicts_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.npy"
+
+
+def _decide(scan: Parts, job: Job, folder: Path, workers: int) -> dict[str, Any]:
+    """Search for duplicates and write every file's verdicts; `found.json` comes last.
+
+    Returns:
+        {"scan": identity of what was judged, "firsts": first survivor of each file, "duplicates": summary | None}
+    """
+    parts = [scan.read(number) for number in range(len(scan.inputs))]
+    identity = sha256_json([part.sha256 for part in parts])
+    done = folder / "found.json"
+    if done.exists() and read_json(done, DataError)["scan"] == identity:
+        return read_json(done, DataError)  # type: ignore[no-any-return]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    verdicts = [_read(part.path("verdicts"), np.uint8) for part in parts]
+    found: dict[str, Any] = {"scan": identity, "firsts": [], "duplicates": None}
+    wanted, signing = job.profile.duplicates, job.signing
+    if wanted is not None and signing is not None:
+        for part in parts:
+            part.path("signatures").touch()
+        with ThreadPoolExecutor(workers) as pool:
+            paths = [part.path("signatures") for part in parts]
+            duplicates = find_duplicates(paths, folder, signing, wanted.threshold, pool.map)
+        for number, mine in enumerate(verdicts):
+            survivors = np.flatnonzero(mine == KEPT)
+            mine[survivors[duplicates.exact(number)]] = EXACT_DUPLICATE
+            mine[survivors[duplicates.near(number)]] = NEAR_DUPLICATE
+        np.save(folder / "roots.npy", duplicates.roots)
+        found |= {"firsts": list(duplicates.firsts), "duplicates": duplicates.summary()}
+    for number, mine in enumerate(verdicts):
+        np.save(_verdicts_path(folder, number), mine)
+    write_json_atomic(done, found)
+    return found
+
+
+def _read(path: Path, dtype: Any) -> npt.NDArray[Any]:
+    return np.fromfile(path, dtype) if path.exists() else np.zeros(0, dtype)
+
+
+def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: Path) -> dict[str, Any]:
+    work = output / _WORK
+    if (output / MANIFEST).exists():
+        old = read_manifest(output / MANIFEST, KIND, DataError)
+        (output / MANIFEST).unlink()
+        for name in old["outputs"]:
+            (output / name).unlink(missing_ok=True)
+    names, outputs, states = output_names(scan.inputs), {}, []
+    for number, name in enumerate(names):
+        judged, written = scan.read(number), write.read(number)
+        states.append((judged.state, written.state["counts"] if written.blocks else {}))
+        if not written.size("zst"):
+            (output / name).unlink(missing_ok=True)
+            continue
+        if written.path("zst").exists():
+            os.replace(written.path("zst"), output / name)
+        elif not (output / name).exists():
+            raise DataError(f"{written.path('zst')} is gone; remove {write.folder} and run the command again")
+        documents = written.state["counts"]["documents"]
+        outputs[name] = {"sha256": digest(written.state), "bytes": written.size("zst"), "documents": documents}
+    report = make_report(job, [str(path) for path in scan.inputs], [n if n in outputs else "" for n in names], states)
+    if found["duplicates"] is not None:
+        report["duplicates"]["search"] = found["duplicates"]
+        _name_originals(report, scan, found["firsts"], np.load(work / "verdicts" / "roots.npy", mmap_mode="r"))
+    _write_faults(scan, output / "faults.log")
+    write_report(report, output)
+    inputs = {str(path): scan.read(number).sha256 for number, path in enumerate(scan.inputs)}
+    write_manifest(output / MANIFEST, KIND, inputs, **scan.options, outputs=outputs, totals=report["totals"])
+    shutil.rmtree(work)
+    return report
+
+
+def _name_originals(report: dict[str, Any], scan: Parts, firsts: list[int], roots: npt.NDArray[np.int64]) -> None:
+    """Say of each sample of a duplicate which document stays in its place."""
+    for kind in ("exact", "near"):
+        for sample in report["duplicates"][kind]["samples"]:
+            part = [str(path) for path in scan.inputs].index(sample["file"])
+            root = int(roots[firsts[part] + sample.pop("survivor")])
+            home = int(np.searchsorted(firsts, root, "right")) - 1
+            line = _read(scan.read(home).path("lines"), "<i8")[root - firsts[home]]
+            sample["original"] = f"{scan.inputs[home]}:{line}"
+
+
+def _write_faults(scan: Parts, path: Path) -> None:
+    logs = [scan.read(number).path("faults") for number in range(len(scan.inputs))]
+    logs = [log for log in logs if log.exists() and log.stat().st_size]
+    path.unlink(missing_ok=True)
+    if not logs:
+        return
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        for log in logs:
+            with open(log, "rb") as part:
+                shutil.copyfileobj(part, file)
+    os.replace(temporary, path)
+
+
+def output_names(inputs: Sequence[Path]) -> list[str]:
+    """Name of the cleaned file of each input; where two would be the same, with the input's number before it."""
+    stems = []
+    for path in inputs:
+        stem = path.name
+        while (ending := next((e for e in _ENDINGS if stem.lower().endswith(e) and len(stem) > len(e)), "")) != "":
+            stem = stem[: -len(ending)]
+        stems.append(stem)
+    unique = [stem if stems.count(stem) == 1 else f"{number:05d}-{stem}" for number, stem in enumerate(stems)]
+    return [f"{stem}.jsonl.zst" for stem in unique]
+
+
+__all__ = ["KIND", "MANIFEST", "Verdicts", "clean_files", "output_names"]
