@@ -5,11 +5,12 @@ from __future__ import annotations
 import typer
 
 from megatron_cpt.cli.data.build import build
+from megatron_cpt.cli.data.clean import clean
 from megatron_cpt.cli.data.indices import indices
 from megatron_cpt.cli.data.inspect import inspect, verify
 from megatron_cpt.cli.data.pack import pack
 from megatron_cpt.cli.data.pairs import pairs
 
-app = typer.Typer(help="Build, inspect and verify indexed datasets.", no_args_is_help=True)
-for command in (pairs, build, pack, indices, inspect, verify):
+app = typer.Typer(help="Clean corpora; build, inspect and verify indexed datasets.", no_args_is_help=True)
+for command in (clean, pairs, build, pack, indices, inspect, verify):
     app.command()(command)

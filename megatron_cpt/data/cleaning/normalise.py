@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 Step = Callable[[str], tuple[str, int]]
 
@@ -17,12 +19,12 @@ _LAUGHS = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{3,}")
 _JAPANESE_BEFORE = r"[ぁ-ゖァ-ヺー々〇〻㐀-䶿一-鿿豈-﫿\U00020000-\U000323af）」』］〕】〉》]"
 _FOOTER_LINES, _FOOTER_SHARE = 10, 0.3
 _FOOTER_WORDS = (
-    "http Copyright copyright © (C) reserved Reserved RESERVED Rights rights Inc. Powered by WordPress RSS PR SNS "
-    "Sponsored sponsored Advertisement Comments Tweet Share Follow Twitter Facebook Instagram LINE "
+    "http Copyright copyright © (C) reserved Reserved RESERVED Rights rights Inc. Powered by WordPress RSS "
+    "Sponsored sponsored Advertisement Comments Tweet Share Follow Twitter Facebook Instagram "
     "コメント トラックバック ランキング スポンサーリンク スポンサー アフィリエイト 広告掲載 広告 ツイート シェア いいね フォロー "
-    "無断転載 無断複製 禁じます 著作権 固定リンク 関連記事 最新記事 人気記事 前の記事 次の記事 記事一覧 一覧へ カテゴリー タグ "
+    "無断転載 無断複製 禁じます 著作権 固定リンク 関連記事 最新記事 人気記事 前の記事 次の記事 記事一覧 一覧へ カテゴリー "
     "プライバシーポリシー サイトポリシー 利用規約 特定商取引法 会社概要 運営者情報 お問い合わせ 問い合わせ サイトマップ "
-    "ログイン ログアウト マイページ 新規登録 会員登録 資料請求 お知らせ トップページ ページトップ ホーム ヘルプ 検索 メニュー クリック リンク"
+    "ログイン ログアウト マイページ 新規登録 会員登録 資料請求 トップページ ページトップ"
 ).split()
 _FOOTER = re.compile("|".join(re.escape(word) for word in sorted(_FOOTER_WORDS, key=len, reverse=True)))
 
@@ -54,12 +56,12 @@ def nfkc(text: str) -> tuple[str, int]:
     return _normal_form(text, "NFKC")
 
 
-def _normal_form(text: str, form: str) -> tuple[str, int]:
+def _normal_form(text: str, form: Literal["NFC", "NFKC"]) -> tuple[str, int]:
     if text.isascii() or unicodedata.is_normalized(form, text):
         return text, 0
     changed = unicodedata.normalize(form, text)
     words = re.findall(r"\S+|\s+", text)
-    return changed, sum(len(word) for word in words if not unicodedata.is_normalized(form, word)) or 1
+    return changed, max(1, sum(len(word) for word in words if not unicodedata.is_normalized(form, word)))
 
 
 def ja_half_width(text: str) -> tuple[str, int]:
@@ -84,11 +86,17 @@ def ja_punctuation(text: str) -> tuple[str, int]:
     for western, japanese in (("，", "、"), ("．", "。")):
         if western not in text:
             continue
-        if len(re.findall(f"{_JAPANESE_BEFORE}{western}", text)) > len(re.findall(f"{_JAPANESE_BEFORE}{japanese}", text)):
+        if len(re.findall(f"{_JAPANESE_BEFORE}{western}", text)) > len(
+            re.findall(f"{_JAPANESE_BEFORE}{japanese}", text)
+        ):
             runs = re.compile(f"(?<![０-９Ａ-Ｚａ-ｚ{western}]){western}+")
             total += sum(len(run) for run in runs.findall(text))
-            text = runs.sub(lambda run, mark=japanese: mark * len(run[0]), text)
+            text = runs.sub(partial(_repeat, japanese), text)
     return text, total
+
+
+def _repeat(mark: str, run: re.Match[str]) -> str:
+    return mark * len(run[0])
 
 
 def ja_footer(text: str) -> tuple[str, int]:

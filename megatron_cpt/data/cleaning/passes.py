@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,13 @@ from megatron_cpt.data.cleaning.profiles import Profile
 from megatron_cpt.data.cleaning.rules import KEPT, judge
 from megatron_cpt.data.cleaning.tally import (
     Counts,
+    Floats,
     Place,
     count_changes,
     count_documents,
     count_histograms,
     count_rules,
+    edges_of,
     merge,
     scale_of,
 )
@@ -83,10 +86,7 @@ class Scan:
     def __init__(self, job: Job, scorers: dict[str, Scorer], part: Part) -> None:
         self._job, self._part, self._scorers = job, part, scorers
         self._counts: Counts = part.state
-        self._scales: dict[str, Scale] = {
-            rule.metric: scorers[rule.metric].scale if rule.metric in scorers else scale_of(rule.metric)
-            for rule in job.profile.active_rules.values()
-        }
+        self._edges = {metric: edges for metric, (_, edges) in axes_of(job.profile, scorers).items()}
 
     def process(self, raw: RawBlock, number: int) -> _Scanned:
         """Measure and judge one block."""
@@ -107,7 +107,7 @@ class Scan:
             "rules": count_rules(rules, metrics, (verdicts, broken), block, place),
             "changes": count_changes(changes, block, place),
             "changed_documents": len({change.document for change in changes}),
-            "histograms": count_histograms(metrics, self._scales, kept),
+            "histograms": count_histograms(metrics, self._edges, kept),
             "faults": {},
         }
         for _, reason in block.faults:
@@ -201,6 +201,18 @@ def scorers_of(profile: Profile) -> dict[str, Scorer]:
     return open_scorers({name: config for name, config in profile.active_scorers.items() if name in wanted})
 
 
+def axes_of(profile: Profile, scorers: Mapping[str, Scorer]) -> dict[str, tuple[Scale, Floats]]:
+    """Of each figure that a rule looks at: how it is drawn, and the borders of its histogram's bins."""
+    rules = list(profile.active_rules.values())
+    scales: dict[str, Scale] = {
+        rule.metric: scorers[rule.metric].scale if rule.metric in scorers else scale_of(rule.metric) for rule in rules
+    }
+    return {
+        metric: (scale, edges_of(scale, [rule for rule in rules if rule.metric == metric]))
+        for metric, scale in scales.items()
+    }
+
+
 def _normalised(block: _native.Block, profile: Profile) -> tuple[_native.Block, list[Change]]:
     if not profile.normalise:
         return block, []
@@ -218,4 +230,3 @@ def _kept_bytes(block: _native.Block, kept: npt.NDArray[np.bool_], changed: list
         if text is not None:
             sizes[document] = len(text.encode())
     return int(sizes[kept].sum())
-

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.cleaning.tally import edges_of
-
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 KEPT_COLOUR, DROPPED_COLOUR, BOUND_COLOUR = "#0072B2", "#E69F00", "#D55E00"
 _COLUMNS = 3
@@ -22,7 +20,6 @@ _FAMILIES = {
     "repetition": "How often the text repeats itself",
     "scores": "What the models say",
 }
-_TITLES = {"share": "share", "size": "logarithmic"}
 
 
 def family_of(metric: str) -> str:
@@ -42,7 +39,7 @@ def draw_plots(histograms: Mapping[str, Any], rules: Mapping[str, Any], folder: 
     """Draw the histograms, with the bounds of the rules, into a folder that is made anew.
 
     Args:
-        histograms: metric -> {"kept", "dropped"}, counts in the bins of `tally.edges_of`.
+        histograms: metric -> {"scale", "edges", "kept", "dropped"}: counts in bins, and the bins' borders.
         rules: name -> {"metric", "at_least", "at_most", "broken"}.
         folder: where the pictures go.
 
@@ -86,12 +83,12 @@ def _draw(title: str, histograms: Mapping[str, Any], rules: Mapping[str, Any], p
 
 
 def _draw_metric(axes: Any, metric: str, histogram: Mapping[str, Any], rules: list[Mapping[str, Any]]) -> None:
-    scale = histogram["scale"]
-    edges = edges_of(scale).copy()
+    scale, edges = histogram["scale"], np.array(histogram["edges"])
     kept, dropped = np.array(histogram["kept"]), np.array(histogram["dropped"])
     if scale == "size":
-        edges[0] = 10**-0.1  # zero has the first bin
+        edges[0] = 10**-0.1  # what is below 1 has the first bin
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     used = np.flatnonzero(kept + dropped)
     bounds = [rule[side] for rule in rules for side in ("at_least", "at_most") if rule[side] is not None]
     low = min([edges[used[0]], *(bound for bound in bounds if bound > 0 or scale == "share")])
@@ -100,6 +97,7 @@ def _draw_metric(axes: Any, metric: str, histogram: Mapping[str, Any], rules: li
     axes.stairs(kept + dropped, edges, fill=True, color=DROPPED_COLOUR, label="dropped by a rule")
     axes.stairs(kept, edges, fill=True, color=KEPT_COLOUR, label="kept by the rules")
     axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter(lambda value, _: _short(value))
     axes.set_ylim(0, max(kept + dropped) * 2)
     axes.set_xlim(left, right)
     for rule in rules:
@@ -111,6 +109,13 @@ def _draw_metric(axes: Any, metric: str, histogram: Mapping[str, Any], rules: li
     axes.set_title(f"{metric}  ({broken:,} break it)", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
+
+
+def _short(value: float) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def _limits(low: float, high: float, scale: str) -> tuple[float, float]:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.manifest import write_json_atomic, write_text_atomic
 from megatron_cpt.data.cleaning.normalise import STEPS
-from megatron_cpt.data.cleaning.passes import Job
+from megatron_cpt.data.cleaning.passes import Job, axes_of
 from megatron_cpt.data.cleaning.plots import draw_plots
+from megatron_cpt.data.cleaning.plugins import Scorer
 from megatron_cpt.data.cleaning.tally import Counts, merge
 
 Report = dict[str, Any]
 State = tuple[Counts, Counts]  # of the two walks over one file
 
 
-def make_report(job: Job, inputs: Sequence[str], outputs: Sequence[str], states: Sequence[State]) -> Report:
+def make_report(
+    job: Job, scorers: Mapping[str, Scorer], inputs: Sequence[str], outputs: Sequence[str], states: Sequence[State]
+) -> Report:
     """The counts of all files together.
 
     Args:
         job: what was done.
+        scorers: the scorers of its profile.
         inputs: the files.
         outputs: name of what was written of each, "" where nothing was.
         states: what the two walks have counted in each.
@@ -38,10 +42,20 @@ def make_report(job: Job, inputs: Sequence[str], outputs: Sequence[str], states:
         kept = {f"kept_{key}": second.get(key, 0) for key in ("documents", "bytes")}
         files.append({"input": path, "output": name, **sizes, **kept})
     nothing: Counts = {"documents": 0, "bytes": 0, "samples": []}
-    rules = {
-        name: {"condition": rule.condition, **rule.model_dump(), "broken": 0, **nothing, **judged["rules"].get(name, {})}
-        for name, rule in job.profile.active_rules.items()
-    } if judged.get("rules") else {}
+    rules = (
+        {
+            name: {
+                "condition": rule.condition,
+                **rule.model_dump(),
+                "broken": 0,
+                **nothing,
+                **judged["rules"].get(name, {}),
+            }
+            for name, rule in job.profile.active_rules.items()
+        }
+        if judged.get("rules")
+        else {}
+    )
     duplicates = {kind: written.get(f"{kind}_duplicates", dict(nothing)) for kind in ("exact", "near")}
     steps = {name: " ".join((STEPS[name].__doc__ or "").split(";")[0].split()) for name in job.profile.normalise}
     return {
@@ -57,12 +71,23 @@ def make_report(job: Job, inputs: Sequence[str], outputs: Sequence[str], states:
         "rules": rules,
         "duplicates": duplicates,
         "changes": {
-            name: {"does": does, "documents": 0, "characters": 0, "samples": [], **judged.get("changes", {}).get(name, {})}
+            name: {
+                "does": does,
+                "documents": 0,
+                "characters": 0,
+                "samples": [],
+                **judged.get("changes", {}).get(name, {}),
+            }
             for name, does in steps.items()
         },
         "faults": judged.get("faults", {}),
         "files": files,
-        "histograms": judged.get("histograms", {}),
+        "histograms": {
+            metric: {"scale": scale, "edges": edges.tolist(), **judged["histograms"][metric]}
+            for metric, (scale, edges) in axes_of(job.profile, scorers).items()
+        }
+        if judged.get("histograms")
+        else {},
     }
 
 
@@ -120,9 +145,11 @@ def _balance(report: Report) -> Iterable[str]:
         [(name, f"{count:,}", _percent(count, totals["documents"]), _size(size)) for name, count, size in rows],
     )
     changed = totals["changed_documents"]
-    yield f"Normalisation changed {changed:,} documents; the size of what is written is that of the changed text." if (
-        changed
-    ) else "No text was changed."
+    yield (
+        f"Normalisation changed {changed:,} documents; the size of what is written is that of the changed text."
+        if (changed)
+        else "No text was changed."
+    )
     yield ""
 
 
@@ -183,24 +210,26 @@ def _duplicates(report: Report) -> Iterable[str]:
         return
     yield from ("## Duplicates", "")
     yield (
-        f"Of the {search['documents']:,} documents that the rules keep, {search['exact_duplicates']:,} repeat an earlier "
-        f"one exactly and {search['near_duplicates']:,} nearly (estimated Jaccard index of {search['shingle_characters']}-"
-        f"character shingles at least {search['threshold']:g}); the largest of {search['clusters']:,} clusters has "
-        f"{search['largest_cluster']:,} documents. A pair of index "
+        f"Of the {search['documents']:,} documents that the rules keep, {search['exact_duplicates']:,} repeat an "
+        f"earlier one exactly and {search['near_duplicates']:,} nearly (shingles of {search['shingle_characters']} "
+        f"characters, estimated Jaccard index at least {search['threshold']:g}). The largest of "
+        f"{search['clusters']:,} clusters has {search['largest_cluster']:,} documents. A pair of index "
         + ", ".join(f"{index} is found with chance {chance:.3f}" for index, chance in _chances(search))
         + "."
     )
     yield ""
     for kind in ("exact", "near"):
         for sample in report["duplicates"][kind]["samples"]:
-            yield f"- {kind}, {_place(sample)} repeats {sample['original']}: {_quoted(sample['text'])}"
+            yield f"- {kind}, {_place(sample)} repeats {Path(sample['original']).name}: {_quoted(sample['text'])}"
     yield ""
 
 
 def _chances(search: Report) -> list[tuple[str, float]]:
     near = round(search["threshold"] / 0.05) * 0.05
     wanted = [f"{index:.2f}" for index in (near - 0.1, near, near + 0.1)]
-    return [(index, search["chance_of_comparison"][index]) for index in wanted if index in search["chance_of_comparison"]]
+    return [
+        (index, search["chance_of_comparison"][index]) for index in wanted if index in search["chance_of_comparison"]
+    ]
 
 
 def _changes(report: Report) -> Iterable[str]:

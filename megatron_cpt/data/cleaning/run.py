@@ -236,7 +236,8 @@ def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: 
             raise DataError(f"{written.path('zst')} is gone; remove {write.folder} and run the command again")
         documents = written.state["counts"]["documents"]
         outputs[name] = {"sha256": digest(written.state), "bytes": written.size("zst"), "documents": documents}
-    report = make_report(job, [str(path) for path in scan.inputs], [n if n in outputs else "" for n in names], states)
+    written_names = [name if name in outputs else "" for name in names]
+    report = make_report(job, scorers_of(job.profile), [str(path) for path in scan.inputs], written_names, states)
     if found["duplicates"] is not None:
         report["duplicates"]["search"] = found["duplicates"]
         _name_originals(report, scan, found["firsts"], np.load(work / "verdicts" / "roots.npy", mmap_mode="r"))

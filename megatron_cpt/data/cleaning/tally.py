@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +31,25 @@ def scale_of(metric: str) -> Scale:
     return "share" if is_share or is_repetition else "size"
 
 
-def edges_of(scale: Scale) -> Floats:
-    """Borders of the bins of a histogram; what lies outside counts in the outermost."""
-    return _SHARE_EDGES if scale == "share" else _SIZE_EDGES
+def edges_of(scale: Scale, rules: Iterable[Rule]) -> Floats:
+    """Borders of the bins of a histogram: regular ones, and the bounds of the rules, so that no bin lies across one.
+
+    A value belongs to the bin that begins with it or before it; what lies outside counts in the outermost.
+    """
+    lows = [rule.at_least for rule in rules if rule.at_least is not None]
+    highs = [np.nextafter(rule.at_most, np.inf) for rule in rules if rule.at_most is not None]
+    regular = _SHARE_EDGES if scale == "share" else _SIZE_EDGES
+    return np.unique(np.concatenate([regular, np.array(lows), np.array(highs)]))
 
 
-def histogram(values: Floats, scale: Scale) -> list[int]:
+def histogram(values: Floats, edges: Floats) -> list[int]:
     """Number of values in each bin; a figure that is not a number is in none."""
-    edges = edges_of(scale)
     places = np.searchsorted(edges, values[~np.isnan(values)], "right") - 1
-    return np.bincount(np.clip(places, 0, len(edges) - 2), minlength=len(edges) - 1).tolist()
+    return np.bincount(np.clip(places, 0, len(edges) - 2), minlength=len(edges) - 1).tolist()  # type: ignore[no-any-return]
 
 
 def merge(total: Counts, more: Mapping[str, Any]) -> None:
-    """Add `more` to `total`: numbers and lists of numbers are added, samples compete, keys keep their order."""
+    """Add `more` to `total`: numbers and lists of numbers are added, samples compete."""
     for key, value in more.items():
         if isinstance(value, dict):
             merge(total.setdefault(key, {}), value)
@@ -129,9 +134,9 @@ def count_changes(changes: Sequence[Change], block: _native.Block, place: Place)
     return counts
 
 
-def count_histograms(metrics: Mapping[str, Floats], scales: Mapping[str, Scale], kept: Bools) -> Counts:
+def count_histograms(metrics: Mapping[str, Floats], edges: Mapping[str, Floats], kept: Bools) -> Counts:
     """Distributions of the figures that rules look at: of the documents that the rules keep, and of the others."""
     return {
-        metric: {"scale": scale, "kept": histogram(metrics[metric][kept], scale), "dropped": histogram(metrics[metric][~kept], scale)}
-        for metric, scale in scales.items()
+        metric: {"kept": histogram(metrics[metric][kept], bins), "dropped": histogram(metrics[metric][~kept], bins)}
+        for metric, bins in edges.items()
     }

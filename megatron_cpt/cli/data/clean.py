@@ -1,0 +1,103 @@
+"""`megatron-cpt data clean`: corpus files to the documents worth training on, with a report."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit, progress
+
+
+class OnError(str, Enum):
+    """What is done about a record without a text."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+def clean(
+    files: Annotated[list[Path], typer.Argument(help="Corpus: .jsonl or .txt (also .gz, .zst), or .parquet.")],
+    profile: Annotated[str, typer.Option(help="Profile by name (ja-web, ko-web, prose, ...) or a YAML file.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    set_: SetOption = None,
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; the machine's cores if not given.")] = None,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Only judge every N-th file, from the I-th on.")] = "",
+    on_error: Annotated[OnError, typer.Option(help="At a record without a text.")] = OnError.STOP,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished cleaning.")] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Drop what a profile's rules and duplicates say, and write why to OUTPUT/report.md.
+
+    Stopped at any moment, the same command goes on. With --shard I/N (I from 0) several machines judge their
+    files first; the command without it does the rest.
+    """
+    import os
+
+    from megatron_cpt.data.cleaning import clean_files, load_profile
+
+    resolved = load_profile(profile, set_ or [])
+    if dry_run:
+        emit(_plan_of(files, resolved.config, resolved.dump()), as_json, lambda value: Text(value["profile"]))
+        return
+    notices: list[str] = []
+    with progress(f"Cleaning into {output}") as advance:
+        report = clean_files(
+            files,
+            output,
+            resolved.config,
+            workers=workers or os.cpu_count() or 1,
+            shard=_shard_of(shard),
+            text_field=text_field,
+            on_error=on_error.value,
+            overwrite=overwrite,
+            on_progress=advance,
+            notice=notices.append,
+        )
+    for notice in notices:
+        typer.echo(notice, err=True)
+    shown = {key: value for key, value in report.items() if key not in ("histograms", "profile")}
+    emit({"output": str(output), **shown}, as_json, _show)
+
+
+def _plan_of(files: list[Path], profile: Any, dump: str) -> dict[str, Any]:
+    from megatron_cpt.data.blocks import kind_of
+    from megatron_cpt.data.cleaning.passes import scorers_of
+
+    for file in files:
+        kind_of(file)
+    scorers_of(profile)
+    return {"files": {str(file): file.stat().st_size for file in files}, "profile": dump}
+
+
+def _shard_of(text: str) -> tuple[int, int] | None:
+    from megatron_cpt.errors import InputError
+
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if text and not found:
+        raise InputError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/8")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _show(report: dict[str, Any]) -> RenderableType:
+    if "totals" not in report:
+        return Text(f"{report['judged_files']} files judged, {report['files_left']} left")
+    totals, documents = report["totals"], max(report["totals"]["documents"], 1)
+    table = Table(box=None)
+    for name in ("", "documents", "share"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = [("read", totals["documents"])]
+    rows += [(f"dropped: {name}", rule["documents"]) for name, rule in report["rules"].items() if rule["documents"]]
+    rows += [(f"dropped: {kind} duplicate", report["duplicates"][kind]["documents"]) for kind in ("exact", "near")]
+    rows.append(("written", totals["kept_documents"]))
+    for name, count in rows:
+        table.add_row(name, f"{count:,}", f"{100 * count / documents:.1f} %")
+    return Group(table, Text(f"report: {Path(report['output']) / 'report.md'}"))
