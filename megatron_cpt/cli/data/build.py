@@ -67,7 +67,7 @@ def build(
             append_eos=eos,
             text_field=text_field,
             on_error=on_error,
-            shard=_shard_of(shard),
+            shard=shard_of(shard),
             overwrite=overwrite,
             on_progress=advance,
             notice=lambda text: typer.echo(text, err=True),
@@ -75,7 +75,8 @@ def build(
     emit({"prefix": output, **made}, as_json, show_facts)
 
 
-def _shard_of(text: str) -> tuple[int, int] | None:
+def shard_of(text: str) -> tuple[int, int] | None:
+    """The shard that `--shard` names, None for an empty text; raises InputError for what is no I/N."""
     from megatron_cpt.errors import InputError
 
     if not text:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from enum import Enum
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,24 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit, progress
-
-
-class OnError(str, Enum):
-    """What is done about a record without a text."""
-
-    STOP = "stop"
-    SKIP = "skip"
+from megatron_cpt.cli.data.build import shard_of
 
 
 def clean(
     files: Annotated[list[Path], typer.Argument(help="Corpus: .jsonl or .txt (also .gz, .zst), or .parquet.")],
     profile: Annotated[str, typer.Option(help="Profile by name (ja-web, ko-web, prose, ...) or a YAML file.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    set_: SetOption = None,
+    overrides: SetOption = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; the machine's cores if not given.")] = None,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Only judge every N-th file, from the I-th on.")] = "",
-    on_error: Annotated[OnError, typer.Option(help="At a record without a text.")] = OnError.STOP,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a core.")] = None,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Only judge every N-th file from the I-th (from 0).")] = "",
+    on_error: Annotated[str, typer.Option(metavar="stop|skip", help="What to do at a broken record.")] = "stop",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished cleaning.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -40,30 +33,25 @@ def clean(
     Stopped at any moment, the same command goes on. With --shard I/N (I from 0) several machines judge their
     files first; the command without it does the rest.
     """
-    import os
-
     from megatron_cpt.data.cleaning import clean_files, load_profile
 
-    resolved = load_profile(profile, set_ or [])
+    resolved = load_profile(profile, overrides or [])
     if dry_run:
         emit(_plan_of(files, resolved.config, resolved.dump()), as_json, lambda value: Text(value["profile"]))
         return
-    notices: list[str] = []
     with progress(f"Cleaning into {output}") as advance:
         report = clean_files(
             files,
             output,
             resolved.config,
-            workers=workers or os.cpu_count() or 1,
-            shard=_shard_of(shard),
+            workers=workers or len(os.sched_getaffinity(0)),
+            shard=shard_of(shard),
             text_field=text_field,
-            on_error=on_error.value,
+            on_error=on_error,
             overwrite=overwrite,
             on_progress=advance,
-            notice=notices.append,
+            notice=lambda text: typer.echo(text, err=True),
         )
-    for notice in notices:
-        typer.echo(notice, err=True)
     shown = {key: value for key, value in report.items() if key not in ("histograms", "profile")}
     emit({"output": str(output), **shown}, as_json, _show)
 
@@ -76,15 +64,6 @@ def _plan_of(files: list[Path], profile: Any, dump: str) -> dict[str, Any]:
         kind_of(file)
     scorers_of(profile)
     return {"files": {str(file): file.stat().st_size for file in files}, "profile": dump}
-
-
-def _shard_of(text: str) -> tuple[int, int] | None:
-    from megatron_cpt.errors import InputError
-
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if text and not found:
-        raise InputError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/8")
-    return (int(found[1]), int(found[2])) if found else None
 
 
 def _show(report: dict[str, Any]) -> RenderableType:

@@ -19,12 +19,13 @@ _LAUGHS = re.compile(r"([ㄱ-ㅎㅏ-ㅣ])\1{3,}")
 _JAPANESE_BEFORE = r"[ぁ-ゖァ-ヺー々〇〻㐀-䶿一-鿿豈-﫿\U00020000-\U000323af）」』］〕】〉》]"
 _FOOTER_LINES, _FOOTER_SHARE = 10, 0.3
 _FOOTER_WORDS = (
-    "http Copyright copyright © (C) reserved Reserved RESERVED Rights rights Inc. Powered by WordPress RSS "
-    "Sponsored sponsored Advertisement Comments Tweet Share Follow Twitter Facebook Instagram "
-    "コメント トラックバック ランキング スポンサーリンク スポンサー アフィリエイト 広告掲載 広告 ツイート シェア いいね フォロー "
-    "無断転載 無断複製 禁じます 著作権 固定リンク 関連記事 最新記事 人気記事 前の記事 次の記事 記事一覧 一覧へ カテゴリー "
-    "プライバシーポリシー サイトポリシー 利用規約 特定商取引法 会社概要 運営者情報 お問い合わせ 問い合わせ サイトマップ "
-    "ログイン ログアウト マイページ 新規登録 会員登録 資料請求 トップページ ページトップ"
+    "http Copyright copyright © (C) reserved Reserved RESERVED Rights rights Inc. Powered by WordPress "
+    "RSS Sponsored sponsored Advertisement Comments Tweet Share Follow Twitter Facebook Instagram "
+    "コメント トラックバック ランキング スポンサーリンク スポンサー アフィリエイト 広告掲載 広告 ツイート "
+    "シェア いいね フォロー 無断転載 無断複製 禁じます 著作権 固定リンク 関連記事 最新記事 人気記事 "
+    "前の記事 次の記事 記事一覧 一覧へ カテゴリー プライバシーポリシー サイトポリシー 利用規約 "
+    "特定商取引法 会社概要 運営者情報 お問い合わせ 問い合わせ サイトマップ ログイン ログアウト マイページ "
+    "新規登録 会員登録 資料請求 トップページ ページトップ"
 ).split()
 _FOOTER = re.compile("|".join(re.escape(word) for word in sorted(_FOOTER_WORDS, key=len, reverse=True)))
 

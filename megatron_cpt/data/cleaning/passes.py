@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,6 @@ from megatron_cpt.data.cleaning.tally import (
 from megatron_cpt.data.parts import Part
 from megatron_cpt.errors import DataError
 
-OnError = Literal["stop", "skip"]
 Verdicts = npt.NDArray[np.uint8]
 EXACT_DUPLICATE, NEAR_DUPLICATE = 254, 255  # verdicts that only the whole corpus can give
 ZSTD_LEVEL = 3
@@ -46,12 +45,12 @@ class Job:
     Args:
         profile: the rules.
         text_field: field (column) that holds the text.
-        on_error: whether a record without a text stops the work or is counted and left out.
+        on_error: "stop": a record without a text stops the work; "skip": it is counted and left out.
     """
 
     profile: Profile
     text_field: str
-    on_error: OnError
+    on_error: str
 
     @property
     def signing(self) -> Signing | None:

@@ -34,7 +34,6 @@ from megatron_cpt.data.cleaning.passes import (
     EXACT_DUPLICATE,
     NEAR_DUPLICATE,
     Job,
-    OnError,
     Scan,
     Verdicts,
     Write,
@@ -61,7 +60,7 @@ def clean_files(
     workers: int = 1,
     shard: tuple[int, int] | None = None,
     text_field: str = "text",
-    on_error: OnError = "stop",
+    on_error: str = "stop",
     overwrite: bool = False,
     on_progress: Progress | None = None,
     notice: Notice | None = None,
@@ -92,9 +91,11 @@ def clean_files(
     Raises:
         DataError: wrong input, a record without a text, or an output folder that is in use.
     """
+    if on_error not in ("stop", "skip"):
+        raise DataError(f"on_error is {on_error!r}, expected 'stop' or 'skip'")
     inputs, output = tuple(Path(file) for file in files), Path(output)
     if shard is not None:
-        check_shard(shard, inputs)
+        check_shard(shard)
     job = Job(profile, text_field, on_error)
     scan = Parts(output / _WORK / "scan", "judged corpus", _options(job), inputs)
     _check_output(output, overwrite)
