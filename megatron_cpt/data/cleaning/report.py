@@ -41,23 +41,8 @@ def make_report(
         sizes = {key: first.get(key, 0) for key in ("documents", "bytes")}
         kept = {f"kept_{key}": second.get(key, 0) for key in ("documents", "bytes")}
         files.append({"input": path, "output": name, **sizes, **kept})
-    nothing: Counts = {"documents": 0, "bytes": 0, "samples": []}
-    rules = (
-        {
-            name: {
-                "condition": rule.condition,
-                **rule.model_dump(),
-                "broken": 0,
-                **nothing,
-                **judged["rules"].get(name, {}),
-            }
-            for name, rule in job.profile.active_rules.items()
-        }
-        if judged.get("rules")
-        else {}
-    )
-    duplicates = {kind: written.get(f"{kind}_duplicates", dict(nothing)) for kind in ("exact", "near")}
-    steps = {name: " ".join((STEPS[name].__doc__ or "").split(";")[0].split()) for name in job.profile.normalise}
+    held = judged.get("histograms", {})
+    axes = axes_of(job.profile, scorers) if held else {}
     return {
         "profile": job.profile.model_dump(mode="json", include={"about", "language", "sources", "deviations"}),
         "totals": {
@@ -68,27 +53,30 @@ def make_report(
             "changed_documents": judged.get("changed_documents", 0),
             "faults": sum(judged.get("faults", {}).values()),
         },
-        "rules": rules,
-        "duplicates": duplicates,
+        "rules": {
+            name: {"condition": rule.condition, **rule.model_dump(), **judged.get("rules", {}).get(name, _NO_RULE)}
+            for name, rule in job.profile.active_rules.items()
+        },
+        "duplicates": {kind: written.get(f"{kind}_duplicates", _NOTHING) for kind in ("exact", "near")},
         "changes": {
-            name: {
-                "does": does,
-                "documents": 0,
-                "characters": 0,
-                "samples": [],
-                **judged.get("changes", {}).get(name, {}),
-            }
-            for name, does in steps.items()
+            name: {"does": _first_clause(STEPS[name].__doc__ or ""), **judged.get("changes", {}).get(name, _NO_CHANGE)}
+            for name in job.profile.normalise
         },
         "faults": judged.get("faults", {}),
         "files": files,
         "histograms": {
-            metric: {"scale": scale, "edges": edges.tolist(), **judged["histograms"][metric]}
-            for metric, (scale, edges) in axes_of(job.profile, scorers).items()
-        }
-        if judged.get("histograms")
-        else {},
+            metric: {"scale": scale, "edges": edges.tolist(), **held[metric]} for metric, (scale, edges) in axes.items()
+        },
     }
+
+
+_NOTHING: Counts = {"documents": 0, "bytes": 0, "samples": []}
+_NO_RULE: Counts = {"broken": 0, **_NOTHING}
+_NO_CHANGE: Counts = {"documents": 0, "characters": 0, "samples": []}
+
+
+def _first_clause(docstring: str) -> str:
+    return " ".join(docstring.split("\n\n")[0].split(";")[0].split()).rstrip(".")
 
 
 def _name_file(counts: Any, path: str) -> None:
