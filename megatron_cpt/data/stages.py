@@ -28,7 +28,7 @@ Int64s = npt.NDArray[np.int64]
 
 BLOCK = 256  # samples over which a share is constant, at most
 FINEST_SHARE = 1 << 40  # shares are whole numbers of 1 / (the least common denominator, at most this)
-FINEST_ENDLESS_SHARE = 1 << 20  # the same without stages
+FINEST_ENDLESS_SHARE = 1 << 20  # the same without stages, where an order is held for one period of the shares
 
 
 @dataclass(frozen=True)

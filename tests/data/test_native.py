@@ -62,6 +62,17 @@ def test_a_stage_order_equals_its_twin(stage: tuple[np.ndarray, int, int, int]) 
     assert ours.counts(samples).tolist() == twin.counts(samples).tolist()
 
 
+@pytest.mark.parametrize("shares", [[40, 1, 40, 13, 2], [8, 40, 40, 8, 8, 1, 2, 5], [1] * 50 + [13, 40, 7]])
+@pytest.mark.parametrize("block", [1, 2, 8])
+def test_small_shares_wait_their_turn(shares: list[int], block: int) -> None:
+    """Rounding up whoever lacks most is not enough: who has to be served soonest comes first."""
+    unit = sum(shares)
+    order = _native.StageOrder(np.array([[share, share, 0, -1] for share in shares]), unit, 5 * unit, block)
+    for samples in range(0, 5 * unit + 1, block):
+        for count, share in zip(order.counts(samples).tolist(), shares, strict=True):
+            assert abs(count * unit - share * samples) < unit
+
+
 def test_many_sources_and_a_distant_sample() -> None:
     """More lanes than bits in a word; a stage without end; the largest numbers."""
     lanes = np.array([[1, 1, 0, -1]] * 70 + [[30, 30, 0, -1]], np.int64)
