@@ -93,11 +93,14 @@ def _plan_train(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
 
 
 def _plan_data(config: TrainConfig) -> list[dict[str, Any]] | None:
-    """What is read in each stage; None while a dataset is not yet built."""
-    from megatron_cpt.data import manifest_path, open_plan
+    """What is read in each stage; None while a dataset is not yet built or packed."""
+    from megatron_cpt.data import IndexedDataset, is_packed, manifest_path, open_plan
     from megatron_cpt.data.stages import describe_order
 
     if not all(manifest_path(source.prefix).exists() for source in config.data.train):
+        return None
+    packed = [IndexedDataset(source.prefix) for source in config.data.train if source.packing == "best_fit"]
+    if not all(is_packed(dataset, config.batch.seq_length) for dataset in packed):
         return None
     opened = open_plan(config.data, config.batch.seq_length, config.seed)
     num_samples = config.train_steps * config.batch.global_batch_size
@@ -128,7 +131,9 @@ def render(value: dict[str, Any], resolved: Resolved[RunConfig] | Resolved[Train
         parts += [Text(""), _facts_table(name, job), _memory_table(job["memory"])]
         if "stages" in job:
             parts.append(
-                _stages_table(job["stages"]) if job["stages"] else Text("data: not all datasets are built yet")
+                _stages_table(job["stages"])
+                if job["stages"]
+                else Text("data: not all datasets are built and packed yet")
             )
     return Group(*parts)
 

@@ -129,13 +129,6 @@ class SamplePlan:
         return self.datasets[0].vocab_size
 
     @cached_property
-    def bytes_per_token(self) -> float:
-        """Expected bytes of text behind one token of the whole plan (bos and eos are tokens without text)."""
-        counts = self.order.counts(self.num_samples or self.order.stages[0].unit)
-        each = [float(dataset.manifest["bytes_per_token"]) for dataset in self.datasets]
-        return sum(count * value for count, value in zip(counts, each, strict=True)) / sum(counts)
-
-    @cached_property
     def description(self) -> dict[str, Any]:
         """Everything that decides the order, as JSON; see `lineage`."""
         return lineage.description(self.order)
@@ -160,6 +153,15 @@ class SamplePlan:
         """
         place = self.order.place(number)
         return Sample(self.windows[place.source].window(place.window), place.source, self.languages[place.source])
+
+    def text_bytes(self, first: int, stop: int) -> float:
+        """Bytes of text that samples first..stop-1 stand for, by the mean bytes per token of each source.
+
+        bos and eos are tokens without text; padding counts as if it were filled.
+        """
+        counts = zip(self.order.counts(first), self.order.counts(stop), strict=True)
+        each = [float(dataset.manifest["bytes_per_token"]) * self.seq_length for dataset in self.datasets]
+        return sum((after - before) * size for (before, after), size in zip(counts, each, strict=True))
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How often the first `num_samples` samples pass through each source: prefix -> passes."""

@@ -279,7 +279,7 @@ class _Meter:
     def __init__(self, trainer: Trainer) -> None:
         config, plan = trainer.config, trainer.inputs.plan
         self.tokens_per_step = config.batch.global_batch_size * config.batch.seq_length
-        self.bytes_per_token = plan.bytes_per_token
+        self.plan, self.samples_per_step = plan, config.batch.global_batch_size
         self.flops_per_token = flops_per_token(trainer.inputs.shape, trainer.vocab_size, config.batch.seq_length)
         self.peak_flops = trainer.peak_flops
         self.steps, self.since, self.left_out = 0, time.perf_counter(), 0.0
@@ -297,11 +297,14 @@ class _Meter:
         """Figures since the last reading."""
         current_device().synchronize()
         now = time.perf_counter()
-        rate = self.steps * self.tokens_per_step / (now - self.since - self.left_out)
+        seconds = now - self.since - self.left_out
+        rate = self.steps * self.tokens_per_step / seconds
+        samples = step * self.samples_per_step
+        text_bytes = self.plan.text_bytes(samples - self.steps * self.samples_per_step, samples)
         self.steps, self.since, self.left_out = 0, now, 0.0
         return {
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": rate,
-            "bytes_per_second": rate * self.bytes_per_token,
+            "bytes_per_second": text_bytes / seconds,
             "mfu": rate * self.flops_per_token / self.peak_flops,
         }

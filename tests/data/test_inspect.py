@@ -103,10 +103,11 @@ def test_plan_shows_the_stages(job: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "50.00%" in capsys.readouterr().out
     endless = shown(capsys, "plan", job, "--set", "data.stages=[]")["jobs"]["train"]["stages"]
     assert [(s["name"], s["samples"]) for s in endless] == [("", 40)]
+    assert shown(capsys, "plan", job, "--set", "batch.seq_length=24")["jobs"]["train"]["stages"] is None
     manifest_path(job.parent / "y").unlink()
     assert shown(capsys, "plan", job)["jobs"]["train"]["stages"] is None
     assert main(["plan", str(job)]) == 0
-    assert "not all datasets are built yet" in capsys.readouterr().out
+    assert "not all datasets are built and packed yet" in capsys.readouterr().out
 
 
 def test_a_document_is_traced_to_its_line(

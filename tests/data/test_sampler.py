@@ -121,10 +121,13 @@ def test_the_order_hash_names_the_samples(prefixes: dict[str, str], tmp_path: Pa
     assert len({tuple(p.place(n).window for n in range(50)) for p in (plan, others[0])}) == 2
 
 
-def test_bytes_per_token_is_the_mean_over_the_mixture(prefixes: dict[str, str]) -> None:
+def test_text_bytes_are_those_of_the_sources_read(prefixes: dict[str, str]) -> None:
+    plan = plan_of(prefixes)
     manifests = [IndexedDataset(prefixes[name]).manifest for name in "abc"]
-    expected = sum(w * m["text_bytes"] / m["tokens"] for w, m in zip((0.7, 0.2, 0.1), manifests, strict=True))
-    assert plan_of(prefixes).bytes_per_token == pytest.approx(expected, rel=1e-12)
+    each = [manifest["text_bytes"] / manifest["tokens"] * 32 for manifest in manifests]
+    for first, stop in ((0, 0), (0, 1), (3, 700)):
+        expected = sum(each[plan.place(number).source] for number in range(first, stop))
+        assert plan.text_bytes(first, stop) == pytest.approx(expected, rel=1e-12)
 
 
 def test_impossible_plans_are_refused(prefixes: dict[str, str], documents: list[Document], tmp_path: Path) -> None:
@@ -171,9 +174,6 @@ def test_a_configuration_opens_its_plan(prefixes: dict[str, str]) -> None:
     assert pickle.loads(pickle.dumps(plan)).description == plan.description
     with pytest.raises(DataError, match="the stages hold 12,800 tokens"):
         plan.sample(400)
-    manifests = [IndexedDataset(prefixes[name]).manifest for name in "abc"]
-    expected = sum(w * m["bytes_per_token"] for w, m in zip((0.5, 0.25, 0.25), manifests, strict=True))
-    assert plan.bytes_per_token == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_dataset_that_is_built_anew_is_noticed_by_another_process(
