@@ -196,6 +196,7 @@ def build_files(
     if shard is not None:
         check_shard(shard)
     parts = build.parts()
+    parts.sweep()
     if not overwrite and not parts.is_begun():
         check_no_dataset(prefix)
     build.check_tokenizer()

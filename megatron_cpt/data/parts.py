@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Parts:
             DataError: a missing or repeated input, or a folder that holds something else.
         """
         self.check_inputs()
-        if self.folder.exists() and not (self.folder / _JOB).exists() and any(self.folder.iterdir()):
+        self.sweep()
+        if self._is_foreign():
             raise DataError(f"{self.folder} is not empty and holds no job; move it away or write to another place")
         if replace and (self.folder / _JOB).exists() and self._differences():
             self.remove()
@@ -78,6 +80,12 @@ class Parts:
                 f"{self.folder} holds an unfinished job that differs ({'; '.join(differences)}); "
                 "repeat the command that began it, or remove that folder to begin anew"
             )
+
+    def _is_foreign(self) -> bool:
+        """Whether there are files, and not only those of a job that was killed before it began."""
+        if not self.folder.exists() or (self.folder / _JOB).exists():
+            return False
+        return any(_JOB not in path.name for path in self.folder.iterdir())
 
     def check_inputs(self) -> None:
         """Raise DataError for inputs that are missing, or given twice."""
@@ -155,10 +163,19 @@ class Parts:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder and everything in it, `job.json` last."""
-        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _JOB):
-            path.unlink(missing_ok=True)
-        self.folder.rmdir()
+        """Remove the folder and everything in it; a process killed here leaves no part that looks whole."""
+        self.sweep()
+        self.folder.rename(self._removed)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what a process killed inside `remove` has left."""
+        if self._removed.exists():
+            shutil.rmtree(self._removed)
+
+    @property
+    def _removed(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.removed")
 
 
 class Part:
