@@ -4,13 +4,13 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
-#include <tuple>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "bindings.hpp"
 #include "bpe.hpp"
+#include "model_file.hpp"
 
 namespace py = pybind11;
 
@@ -24,14 +24,11 @@ py::array_t<Value> owned(std::vector<Value>&& values) {
   return py::array_t<Value>(static_cast<py::ssize_t>(moved->size()), moved->data(), owner);
 }
 
-std::unique_ptr<cpt::BpeEncoder> make(const std::vector<std::tuple<py::bytes, float, int>>& rows, bool byte_fallback,
-                                      const py::bytes& charsmap, bool add_dummy_prefix, bool remove_extra_whitespaces,
-                                      bool escape_whitespaces, bool whitespace_as_suffix) {
-  std::vector<cpt::Piece> pieces;
-  for (const auto& [text, score, type] : rows) pieces.push_back({text, score, static_cast<cpt::PieceType>(type)});
-  const cpt::NormalizerSettings settings{charsmap, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces,
-                                         whitespace_as_suffix};
-  return std::make_unique<cpt::BpeEncoder>(pieces, byte_fallback, settings);
+std::unique_ptr<cpt::BpeEncoder> make(const py::bytes& data) {
+  const std::string_view file = data;
+  const py::gil_scoped_release release;
+  const cpt::BpeModel model = cpt::read_bpe_model(file);
+  return std::make_unique<cpt::BpeEncoder>(model.pieces, model.byte_fallback, model.normalizer);
 }
 
 template <class Token>
@@ -49,9 +46,7 @@ py::tuple encode(const cpt::BpeEncoder& encoder, const cpt::Block& block, cpt::B
 
 void bind_encoder(py::module_& module) {
   py::class_<cpt::BpeEncoder>(module, "BpeEncoder")
-      .def(py::init(&make), py::arg("pieces"), py::arg("byte_fallback"), py::arg("charsmap"),
-           py::arg("add_dummy_prefix"), py::arg("remove_extra_whitespaces"), py::arg("escape_whitespaces"),
-           py::arg("whitespace_as_suffix"))
+      .def(py::init(&make), py::arg("model"))
       .def(
           "encode",
           [](const cpt::BpeEncoder& encoder, const cpt::Block& block, std::int64_t before, std::int64_t after,

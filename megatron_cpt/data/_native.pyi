@@ -122,16 +122,8 @@ def metric_names() -> list[str]: ...
 # Texts to ids (csrc/bind_encoder.cpp)
 
 class BpeEncoder:
-    def __init__(
-        self,
-        pieces: list[tuple[bytes, float, int]],
-        byte_fallback: bool,
-        charsmap: bytes,
-        add_dummy_prefix: bool,
-        remove_extra_whitespaces: bool,
-        escape_whitespaces: bool,
-        whitespace_as_suffix: bool,
-    ) -> None: ...
+    def __init__(self, model: bytes) -> None:
+        """Of the bytes of a model file. Raises ValueError where they are damaged, or no BPE model."""
     def encode(
         self, block: Block, before: int, after: int, wide: bool
     ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.int32], npt.NDArray[np.int32], int, int]: ...

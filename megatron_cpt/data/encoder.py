@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data import _native
-from megatron_cpt.errors import DataError, TokenizerError, VerificationError
+from megatron_cpt.errors import DataError, VerificationError
 from megatron_cpt.tokenizer import Tokenizer
 from megatron_cpt.tokenizer.loading import SentencePieceTokenizer
-from megatron_cpt.tokenizer.model_file import ModelFile, read_model_file
 
 _NONE = -1
 _SHOWN = 8  # ids shown on each side of a difference
@@ -65,17 +64,9 @@ class Encoder(ABC):
 class _NativeEncoder(Encoder):
     name = "native"
 
-    def __init__(self, model: ModelFile, bos: int | None, eos: int | None, dtype: np.dtype[Any]) -> None:
+    def __init__(self, model: bytes, bos: int | None, eos: int | None, dtype: np.dtype[Any]) -> None:
         super().__init__(bos, eos, dtype)
-        self._bpe = _native.BpeEncoder(
-            [(piece.text.encode(), piece.score, int(piece.type)) for piece in model.pieces],
-            byte_fallback=model.rules.byte_fallback,
-            charsmap=model.normalizer.charsmap,
-            add_dummy_prefix=model.normalizer.add_dummy_prefix,
-            remove_extra_whitespaces=model.normalizer.remove_extra_whitespaces,
-            escape_whitespaces=model.normalizer.escape_whitespaces,
-            whitespace_as_suffix=model.rules.treat_whitespace_as_suffix,
-        )
+        self._bpe = _native.BpeEncoder(model)
 
     def encode(self, block: _native.Block) -> Encoded:
         bos = _NONE if self.bos is None else self.bos
@@ -127,11 +118,11 @@ def open_encoder(tokenizer: Tokenizer, append_bos: bool, append_eos: bool, dtype
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return _LibraryEncoder(tokenizer, bos, eos, dtype, "tokenizers", "not a SentencePiece model")
     try:
-        model = read_model_file(tokenizer.path)
-        if hashlib.sha256(model.data).hexdigest() != tokenizer.sha256:
+        model = tokenizer.path.read_bytes()
+        if hashlib.sha256(model).hexdigest() != tokenizer.sha256:
             raise DataError(f"{tokenizer.path} was changed while it was in use: load it again")
         return _NativeEncoder(model, bos, eos, dtype)
-    except (TokenizerError, ValueError) as caught:
+    except ValueError as caught:
         return _LibraryEncoder(tokenizer, bos, eos, dtype, "sentencepiece", str(caught))
 
 

@@ -1,0 +1,44 @@
+"""The core's own reader of model files: every damaged file is refused in words or read, never a crash."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_cpt.data import _native
+from megatron_cpt.data.encoder import check_encoder, open_encoder
+from megatron_cpt.tokenizer import load_tokenizer
+from megatron_cpt.tokenizer.model_file import without_prefix
+
+
+def test_damaged_models_are_refused_or_read(tokenizer: Path) -> None:
+    sound, draw = tokenizer.read_bytes(), random.Random(2)
+    block = _native.Block.from_texts(["the old river 古い川は 🙂"])
+    refused = 0
+    for _ in range(400):
+        data = bytearray(sound[: draw.randrange(len(sound))] if draw.random() < 0.4 else sound)
+        for _ in range(draw.randrange(4)):
+            if data:
+                data[draw.randrange(len(data))] = draw.randrange(256)
+        try:
+            _native.BpeEncoder(bytes(data)).encode(block, -1, -1, wide=True)
+        except ValueError:
+            refused += 1
+    assert 100 < refused < 400
+    for data in (b"", b"\x0a", b"\x0b", b"\x0a\x05", b"\x18" + b"\xff" * 11, b"\x08\x01", b"text of another kind"):
+        with pytest.raises(ValueError):
+            _native.BpeEncoder(data)
+
+
+def test_the_later_of_two_settings_holds(tokenizer: Path, tmp_path: Path) -> None:
+    other = tmp_path / "bare.model"
+    other.write_bytes(without_prefix(tokenizer.read_bytes()))
+    bare = load_tokenizer(other)
+    encoder = open_encoder(bare, False, False, np.dtype("<u2"))
+    assert encoder.name == "native"
+    check_encoder(encoder, bare, ["old  river ", " 古い川は"])
+    prefixed = load_tokenizer(tokenizer)
+    assert bare.encode("old") != prefixed.encode("old")
