@@ -101,6 +101,12 @@ inline Piece read_piece(std::string_view record) {
       piece.type = static_cast<PieceType>(fields.number());
     }
   }
+  if (piece.type == PieceType::kByte) {
+    const std::string_view text = piece.text;
+    const bool sound = text.size() == 6 && text.substr(0, 3) == "<0x" && text[5] == '>' &&
+                       text.find_first_not_of("0123456789ABCDEF", 3) == 5;
+    if (!sound) throw std::invalid_argument("a byte piece of the model is not spelt like <0x0A>");
+  }
   return piece;
 }
 
