@@ -87,7 +87,8 @@ def open_blocks(
     Args:
         path: the file.
         text_field: field (column) that holds the text.
-        start: `RawBlock.position` of an earlier reader of the same file: goes on behind that block.
+        start: `RawBlock.position` of an earlier reader of the same file: goes on behind that block, with the
+            blocks that would have come next.
         longest_record_bytes: a record beyond this becomes a fault and is never held in memory.
 
     Raises:
@@ -176,7 +177,10 @@ class _HashedFile:
 
 
 class _TextReader:
-    """Blocks of a jsonl or txt file. A position is an offset and its line, counted in the text itself."""
+    """Blocks of a jsonl or txt file.
+
+    A position is an offset and its line, counted in the text itself, and how far ahead of it the file was read.
+    """
 
     def __init__(
         self, path: Path, kind: str, compression: str, text_field: str, start: Position | None, longest: int
@@ -197,6 +201,8 @@ class _TextReader:
             self._skip_to(self._offset)
         elif self._offset > self.total_bytes:
             raise self._changed()
+        if start is not None and start["ahead"]:  # so that the file is cut as if it had been read in one go
+            self._carry = self._pull(int(start["ahead"]))
 
     def _changed(self) -> DataError:
         return DataError(f"{self._path} is shorter than the part of it that was read before: it has been changed")
@@ -261,7 +267,7 @@ class _TextReader:
         return RawBlock(self._position(), 0, partial(_parsed_fault, line, reason))
 
     def _position(self) -> Position:
-        position: Position = {"offset": self._offset, "line": self._line}
+        position: Position = {"offset": self._offset, "line": self._line, "ahead": len(self._carry)}
         return {**position, **self._file.hash_position()} if self._plain else position
 
     @property

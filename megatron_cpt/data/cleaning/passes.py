@@ -82,7 +82,7 @@ class Scan:
     `KEPT`, or the place of the first rule broken), and of what the rules keep `lines` (int64) and `signatures`.
     """
 
-    def __init__(self, job: Job, scorers: dict[str, Scorer], part: Part) -> None:
+    def __init__(self, job: Job, scorers: Mapping[str, Scorer], part: Part) -> None:
         self._job, self._part, self._scorers = job, part, scorers
         self._counts: Counts = part.state
         self._edges = {metric: edges for metric, (_, edges) in axes_of(job.profile, scorers).items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ from megatron_cpt.data.cleaning.passes import (
     digest,
     scorers_of,
 )
+from megatron_cpt.data.cleaning.plugins import Scorer
 from megatron_cpt.data.cleaning.profiles import Profile
 from megatron_cpt.data.cleaning.report import make_report, write_report
 from megatron_cpt.data.cleaning.rules import KEPT
 from megatron_cpt.data.ordered import Progress, run_parts
 from megatron_cpt.data.parts import Notice, Parts, check_shard
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import CptError, DataError
 
 KIND = "cleaned corpus"
 MANIFEST = "manifest.json"
@@ -99,8 +100,13 @@ def clean_files(
     job = Job(profile, text_field, on_error)
     scan = Parts(output / _WORK / "scan", "judged corpus", _options(job), inputs)
     _check_output(output, overwrite)
+    scorers = scorers_of(profile)
     scan.claim(replace=overwrite)
-    _scan(scan, job, workers, shard, on_progress, notice)
+    try:
+        _scan(scan, job, scorers, workers, shard, on_progress, notice)
+    except CptError:
+        _discard_untouched(scan, output)
+        raise
     if shard is not None:
         left = len(scan.pending())
         return {"judged_files": len(inputs) - left, "files_left": left}
@@ -108,7 +114,7 @@ def clean_files(
     write = Parts(output / _WORK / "write", KIND, {**scan.options, "scan": found["scan"]}, inputs)
     write.claim(replace=True)
     _write(scan, write, job, workers, on_progress, notice)
-    return _finish(scan, write, job, found, output)
+    return _finish(scan, write, job, scorers, found, output)
 
 
 def _options(job: Job) -> dict[str, Any]:
@@ -118,12 +124,25 @@ def _options(job: Job) -> dict[str, Any]:
         for value in scorer.options.values()
         if isinstance(value, str) and Path(value).is_file()
     }
-    return {
-        "profile": job.profile.model_dump(mode="json"),
-        "models": models,
-        "text_field": job.text_field,
-        "on_error": job.on_error,
-    }
+    profile = dict(_leaves("profile", job.profile.model_dump(mode="json")))
+    return {**profile, "models": models, "text_field": job.text_field, "on_error": job.on_error}
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values of a tree by their paths, so that a difference is shown as the one value it is."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(f"{path}.{name}", inner)
+    else:
+        yield path, value
+
+
+def _discard_untouched(scan: Parts, output: Path) -> None:
+    """Leave nothing behind of a command that has come to nothing."""
+    scan.discard_untouched()
+    for folder in (output / _WORK, output):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -138,12 +157,12 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _scan(
     scan: Parts,
     job: Job,
+    scorers: Mapping[str, Scorer],
     workers: int,
     shard: tuple[int, int] | None,
     on_progress: Progress | None,
     notice: Notice | None,
 ) -> None:
-    scorers = scorers_of(job.profile)
     walks = 1 if shard is not None else 2
     run_parts(
         scan,
@@ -217,7 +236,9 @@ def _read(path: Path, dtype: Any) -> npt.NDArray[Any]:
     return np.fromfile(path, dtype) if path.exists() else np.zeros(0, dtype)
 
 
-def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: Path) -> dict[str, Any]:
+def _finish(
+    scan: Parts, write: Parts, job: Job, scorers: Mapping[str, Scorer], found: dict[str, Any], output: Path
+) -> dict[str, Any]:
     work = output / _WORK
     if (output / MANIFEST).exists():
         old = read_manifest(output / MANIFEST, KIND, DataError)
@@ -238,14 +259,16 @@ def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: 
         documents = written.state["counts"]["documents"]
         outputs[name] = {"sha256": digest(written.state), "bytes": written.size("zst"), "documents": documents}
     written_names = [name if name in outputs else "" for name in names]
-    report = make_report(job, scorers_of(job.profile), [str(path) for path in scan.inputs], written_names, states)
+    report = make_report(job, scorers, [str(path) for path in scan.inputs], written_names, states)
     if found["duplicates"] is not None:
         report["duplicates"]["search"] = found["duplicates"]
         _name_originals(report, scan, found["firsts"], np.load(work / "verdicts" / "roots.npy", mmap_mode="r"))
     _write_faults(scan, output / "faults.log")
     write_report(report, output)
     inputs = {str(path): scan.read(number).sha256 for number, path in enumerate(scan.inputs)}
-    write_manifest(output / MANIFEST, KIND, inputs, **scan.options, outputs=outputs, totals=report["totals"])
+    said = {"profile": job.profile.model_dump(mode="json"), "models": scan.options["models"]}
+    said |= {"text_field": job.text_field, "on_error": job.on_error}
+    write_manifest(output / MANIFEST, KIND, inputs, **said, outputs=outputs, totals=report["totals"])
     shutil.rmtree(work)
     return report
 

@@ -129,7 +129,8 @@ def test_what_stays_is_what_rules_and_duplicates_say(corpus: list[Path], profile
 
 def test_records_keep_their_bytes_and_fields(corpus: list[Path], profile: Profile, tmp_path: Path) -> None:
     clean_files(corpus, tmp_path / "out", profile)
-    before = {json.loads(line)["id"]: line for line in gzip.open(corpus[0], "rt", encoding="utf-8")}
+    lines = gzip.decompress(corpus[0].read_bytes()).decode().splitlines(keepends=True)
+    before = {json.loads(line)["id"]: line for line in lines}
     cleaned = pyarrow.CompressedInputStream(str(tmp_path / "out" / "a.jsonl.zst"), "zstd").read().decode()
     changed = 0
     for line in cleaned.splitlines(keepends=True):
@@ -174,7 +175,7 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(
 ) -> None:
     clean_files(corpus, tmp_path / "whole", profile)
     stops = 0
-    for steps in range(0, 60, 7):
+    for steps in (0, 1, 2, 5, 3, 8, 1, 100):
         try:
             clean_files(corpus, tmp_path / "stopped", profile, on_progress=_stopping_after(steps))
             break
@@ -182,7 +183,7 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(
             stops += 1
     else:
         clean_files(corpus, tmp_path / "stopped", profile)
-    assert stops > 3
+    assert stops > 4
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
@@ -219,6 +220,7 @@ def test_bad_records_stop_the_work_or_are_counted(profile: Profile, tmp_path: Pa
     path.write_text(f'{good}\n{{"title": 1}}\nnot json\n')
     with pytest.raises(DataError, match=r"bad.jsonl:2: "):
         clean_files([path], tmp_path / "out", profile)
+    assert not (tmp_path / "out").exists(), "what has come to nothing leaves nothing behind"
     report = clean_files([path], tmp_path / "skip", profile, on_error="skip")
     assert report["totals"]["documents"] == 1 and report["totals"]["faults"] == 2
     log = (tmp_path / "skip" / "faults.log").read_text().splitlines()
@@ -245,7 +247,7 @@ def test_folders_in_use_are_left_alone(corpus: list[Path], profile: Profile, tmp
 def test_an_unfinished_job_with_other_rules_is_refused(corpus: list[Path], profile: Profile, tmp_path: Path) -> None:
     clean_files(corpus, tmp_path / "out", profile, shard=(0, 3))
     other = profile.model_copy(update={"duplicates": None})
-    with pytest.raises(DataError, match="unfinished job that differs"):
+    with pytest.raises(DataError, match=r"unfinished job that differs \(profile.duplicates"):
         clean_files(corpus, tmp_path / "out", other)
 
 
