@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ import numpy.typing as npt
 
 from megatron_cpt.config.manifest import write_text_atomic
 from megatron_cpt.data import _native
-from megatron_cpt.data.indexed import IndexedDataset, idx_path
+from megatron_cpt.data.indexed import HEADER, IndexedDataset, idx_path
 from megatron_cpt.errors import DataError
 
 Int32s = npt.NDArray[np.int32]
@@ -198,7 +197,7 @@ def _shuffled(parts: Sequence[npt.NDArray[Any]], draw: np.random.RandomState) ->
 def _sequence_lengths(dataset: IndexedDataset) -> Int32s:
     """Tokens of each sequence of the index, in memory: empty documents have none."""
     with open(idx_path(dataset.prefix), "rb") as file:
-        (count,) = struct.unpack("<Q", file.read(34)[18:26])
+        _, _, _, count, _ = HEADER.unpack(file.read(HEADER.size))
         return np.fromfile(file, "<i4", count).astype(np.int32, copy=False)
 
 
