@@ -14,21 +14,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import isqrt, lcm
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from megatron_cpt.config.schema import Share, Stage
 from megatron_cpt.data import _native
+from megatron_cpt.data.shares import CompiledStage, Stream, compile_stage, exact
 from megatron_cpt.errors import DataError
-
-Int64s = npt.NDArray[np.int64]
-
-BLOCK = 256  # samples over which a share is constant, at most
-FINEST_SHARE = 1 << 40  # shares are whole numbers of 1 / (the least common denominator, at most this)
-FINEST_ENDLESS_SHARE = 1 << 20  # the same without stages, where an order is held for one period of the shares
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class SourceFacts:
     @property
     def most_samples(self) -> int | None:
         """How many samples `max_epochs` allows; None: any number."""
-        return None if self.max_epochs is None else int(_exact(self.max_epochs) * self.windows)
+        return None if self.max_epochs is None else int(exact(self.max_epochs) * self.windows)
 
 
 @dataclass(frozen=True)
@@ -67,44 +58,6 @@ class Place:
     epoch: int
     window: int
     stage: int = 0
-
-
-@dataclass(frozen=True)
-class CompiledStage:
-    """One stage as whole numbers.
-
-    Attributes:
-        name: of the stage; empty where the weights hold for the whole run.
-        first: its first sample.
-        samples: how many it has; 0: no end.
-        sources: number of the source of each lane.
-        lanes, unit, block: as `_native.StageOrder` takes them.
-        order: that.
-    """
-
-    name: str
-    first: int
-    samples: int
-    sources: tuple[int, ...]
-    lanes: Int64s
-    unit: int
-    block: int
-    order: _native.StageOrder
-
-    @property
-    def changes(self) -> bool:
-        """Whether its shares move or its sources take turns, so that its length decides its order."""
-        return bool((self.lanes[:, 0] != self.lanes[:, 1]).any() or (self.lanes[:, 3] >= 0).any())
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """A share of a stage: of the samples at its start and its end, for sources that take turns (or one)."""
-
-    sources: tuple[int, ...]
-    start: Fraction
-    end: Fraction
-    parts: tuple[Fraction, ...] = (Fraction(1),)
 
 
 class Order:
@@ -208,9 +161,10 @@ class Order:
         return counts
 
     def _compile(self, stages: Sequence[Stage]) -> tuple[CompiledStage, ...]:
+        names = [source.name for source in self.sources]
         if not stages:
             streams = self._split(range(len(self.sources)), Fraction(1), Fraction(1))
-            return (_compiled("", 0, 0, streams, self.sources),)
+            return (compile_stage("", 0, 0, streams, names),)
         compiled = []
         tokens = first = 0
         for stage in stages:
@@ -221,25 +175,25 @@ class Order:
                     f"stage {stage.name!r} with {stage.tokens:,} tokens holds no sample of {self.seq_length:,}; "
                     "give it more tokens"
                 )
-            compiled.append(_compiled(stage.name, first, end - first, self._streams(stage), self.sources))
+            compiled.append(compile_stage(stage.name, first, end - first, self._streams(stage), names))
             first = end
         return tuple(compiled)
 
-    def _streams(self, stage: Stage) -> list[_Stream]:
+    def _streams(self, stage: Stage) -> list[Stream]:
         """The shares of a stage as fractions of its samples; replay first takes its own."""
         rest = Fraction(1)
         streams = []
         if stage.replay is not None:
-            replayed = _exact(stage.replay.share)
+            replayed = exact(stage.replay.share)
             rest -= replayed
             streams = self._split([self._find(name, stage) for name in stage.replay.sources], replayed, replayed)
         ends = [share.share if isinstance(share.share, tuple) else (share.share, share.share) for share in stage.shares]
-        totals = [sum(_exact(end[side]) for end in ends) for side in (0, 1)]
+        totals = [sum(exact(end[side]) for end in ends) for side in (0, 1)]
         if not all(totals):
             raise DataError(f"stage {stage.name!r}: all shares are 0 at one end; expected some above 0")
         for share, (start, end) in zip(stage.shares, ends, strict=True):
             numbers = [self._find(name, stage) for name in share.sources]
-            moving = rest * _exact(start) / totals[0], rest * _exact(end) / totals[1]
+            moving = rest * exact(start) / totals[0], rest * exact(end) / totals[1]
             streams += [self._in_turn(share, numbers, *moving)] if share.in_turn else self._split(numbers, *moving)
         named = [source for stream in streams for source in stream.sources]
         for source in named:
@@ -257,113 +211,23 @@ class Order:
             raise DataError(f"stage {stage.name!r}: {len(found)} sources are called {name!r}; expected one of {names}")
         return found[0]
 
-    def _split(self, numbers: Sequence[int], start: Fraction, end: Fraction) -> list[_Stream]:
-        weights = [_exact(self.sources[number].weight) for number in numbers]
+    def _split(self, numbers: Sequence[int], start: Fraction, end: Fraction) -> list[Stream]:
+        weights = [exact(self.sources[number].weight) for number in numbers]
         total = sum(weights)
         return [
-            _Stream((number,), start * weight / total, end * weight / total)
+            Stream((number,), start * weight / total, end * weight / total)
             for number, weight in zip(numbers, weights, strict=True)
         ]
 
-    def _in_turn(self, share: Share, numbers: Sequence[int], start: Fraction, end: Fraction) -> _Stream:
+    def _in_turn(self, share: Share, numbers: Sequence[int], start: Fraction, end: Fraction) -> Stream:
         sizes = [Fraction(self.sources[number].windows) for number in numbers]
-        parts = sizes if share.parts is None else [_exact(part) for part in share.parts]
+        parts = sizes if share.parts is None else [exact(part) for part in share.parts]
         total = sum(parts)
-        return _Stream(tuple(numbers), start, end, tuple(part / total for part in parts))
-
-
-def _exact(value: float) -> Fraction:
-    """The number as it is written: 0.1 is a tenth."""
-    return Fraction(repr(value))
+        return Stream(tuple(numbers), start, end, tuple(part / total for part in parts))
 
 
 def _up(value: Fraction) -> str:
     return f"{-(-value * 1000 // 1) / 1000:g}"
-
-
-def _compiled(
-    name: str, first: int, samples: int, streams: Sequence[_Stream], facts: Sequence[SourceFacts]
-) -> CompiledStage:
-    changes = any(stream.start != stream.end or len(stream.sources) > 1 for stream in streams)
-    # A share is constant within a block, so with short blocks a short stage moves smoothly; a stage that
-    # does not change may be grown, so its blocks do not depend on its length.
-    block = min(BLOCK, 1 << max(0, isqrt(samples).bit_length() - 2)) if changes else BLOCK
-    unit, shares = _whole_shares(streams, FINEST_SHARE if samples else FINEST_ENDLESS_SHARE)
-    lanes, sources = [], []
-    for stream, (start, end) in zip(streams, shares, strict=True):
-        try:
-            borders = _turns(stream, samples, block)
-        except ValueError:
-            names = ", ".join(facts[source].name for source in stream.sources)
-            raise DataError(
-                f"stage {name!r} with {samples:,} samples is too short for {names} in turn; give it more tokens"
-            ) from None
-        for source, begin, stop in zip(stream.sources, [0, *borders], [*borders, -1], strict=True):
-            lanes.append((start, end, begin, stop))
-            sources.append(source)
-    rows = np.array(lanes, np.int64)
-    order = _native.StageOrder(rows, unit, samples, block)
-    return CompiledStage(name, first, samples, tuple(sources), rows, unit, block, order)
-
-
-def _whole_shares(streams: Sequence[_Stream], finest: int) -> tuple[int, list[tuple[int, int]]]:
-    """Shares as whole numbers of a unit: exact where the common denominator is at most `finest`."""
-    unit = lcm(*(share.denominator for stream in streams for share in (stream.start, stream.end)))
-    if unit <= finest:
-        return unit, [(int(stream.start * unit), int(stream.end * unit)) for stream in streams]
-    starts = largest_remainder([stream.start for stream in streams], finest)
-    ends = largest_remainder([stream.end for stream in streams], finest)
-    return finest, list(zip(starts, ends, strict=True))
-
-
-def largest_remainder(shares: Sequence[Fraction], total: int) -> list[int]:
-    """Split `total` by shares that add up to 1: at least 1 for each above 0, ties to the first.
-
-    Raises:
-        DataError: more shares above 0 than `total`.
-    """
-    least = [int(share > 0) for share in shares]
-    if sum(least) > total:
-        raise DataError(f"{sum(least)} shares of a whole of {total}; expected at most that many sources")
-    counts = [max(low, int(share * total)) for low, share in zip(least, shares, strict=True)]
-    by_remainder = sorted(range(len(shares)), key=lambda s: (counts[s] - shares[s] * total, s))
-    short = total - sum(counts)
-    for s in by_remainder[: max(0, short)]:
-        counts[s] += 1
-    for _ in range(-short):
-        larger = [s for s in range(len(shares)) if counts[s] > 1]
-        counts[max(larger, key=lambda s: (counts[s] - shares[s] * total, -s))] -= 1
-    return counts
-
-
-def _turns(stream: _Stream, samples: int, block: int) -> list[int]:
-    """The blocks at which the next source of a stream has its turn: nearest to the parts, none empty.
-
-    Raises:
-        ValueError: fewer blocks than sources.
-    """
-    blocks = -(-samples // block)
-    if len(stream.sources) > 1 and blocks < len(stream.sources):
-        raise ValueError
-    borders: list[int] = []
-    done = Fraction(0)
-    for number, part in enumerate(stream.parts[:-1], 1):
-        done += part
-        wanted = done * _ramp(stream, samples, samples)
-        low, high = 0, blocks
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if _ramp(stream, middle * block, samples) <= wanted else (low, middle)
-        before, after = (_ramp(stream, border * block, samples) for border in (low, high))
-        nearest = low if wanted - before <= after - wanted else high
-        least = borders[-1] + 1 if borders else 1
-        borders.append(min(max(nearest, least), blocks - (len(stream.parts) - number)))
-    return borders
-
-
-def _ramp(stream: _Stream, sample: int, samples: int) -> Fraction:
-    sample = min(sample, samples)
-    return stream.start * sample + (stream.end - stream.start) * sample**2 / (2 * samples)
 
 
 def describe_order(order: Order, num_samples: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_cpt.config.schema import DataSource, Share, Stage, TrainDataConfig
 from megatron_cpt.data import Document, IndexedDataset, Place, SamplePlan, build_dataset, open_plan, reference
-from megatron_cpt.data.stages import BLOCK
+from megatron_cpt.data.shares import BLOCK
 from megatron_cpt.errors import DataError
 
 SOURCES = {"a": 0.7, "b": 0.2, "c": 0.1}

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from megatron_cpt.config.loading import load_config
 from megatron_cpt.config.schema import Replay, Share, Stage, TrainConfig
 from megatron_cpt.data.lineage import description, order_hash, what_changed
-from megatron_cpt.data.stages import BLOCK, Order, Place, SourceFacts, describe_order, largest_remainder
+from megatron_cpt.data.shares import BLOCK, largest_remainder
+from megatron_cpt.data.stages import Order, Place, SourceFacts, describe_order
 from megatron_cpt.errors import ConfigError, DataError
 
 CURRICULA = Path(__file__).parent / "curricula"
