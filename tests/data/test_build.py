@@ -15,6 +15,7 @@ from megatron_cpt.config.manifest import sha256_file
 from megatron_cpt.data import (
     Document,
     IndexedDataset,
+    SamplePlan,
     build_dataset,
     describe_document,
     describe_sample,
@@ -158,9 +159,10 @@ def test_a_document_and_a_sample_are_shown_decoded(documents: list[Document], to
     loaded = tokenizer_of(dataset)
     shown = describe_document(dataset, loaded, 17)
     assert shown["text"] == documents[17].text and shown["start"] == dataset.document_starts[17]
-    sample = describe_sample(dataset, loaded, 3, seq_length=64, seed=5)
+    sample = describe_sample(SamplePlan([(dataset, "xx")], 64, 5), loaded, 3)
     ids = [id for piece in sample["pieces"] for id in piece["ids"]]
-    assert ids == dataset.stream[sample["start"] : sample["start"] + 65].tolist()
+    start = sample["pieces"][0]["start"]
+    assert start == sample["window"] * 64 and ids == dataset.stream[start : start + 65].tolist()
     assert [piece["ids"][0] for piece in sample["pieces"][1:]] == [1] * (len(sample["pieces"]) - 1)
 
 
