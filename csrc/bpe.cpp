@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <functional>
 #include <limits>
 #include <stdexcept>
 
@@ -12,9 +11,9 @@ namespace cpt {
 
 namespace {
 
-constexpr std::size_t kPadding = 16;  // readable bytes behind a text
+constexpr std::size_t kPadding = 16;     // readable bytes behind a text
+constexpr std::size_t kKeptBytes = std::size_t{1} << 23;  // of text, from block to block
 constexpr std::size_t kWordsAhead = 16;  // words whose places in the cache are asked for before the first is used
-constexpr std::size_t kShortPart = 48;  // symbols: above, a heap is faster than looking through them all
 
 bool is_letter(char byte) { return static_cast<unsigned char>((byte | 0x20) - 'a') < 26; }
 
@@ -35,7 +34,8 @@ std::size_t letters(const char* at) {
 template <class Token>
 class Run {
  public:
-  Run(const BpeTables& tables, BpeScratch& scratch, Encoded<Token>& out) : tables_(tables), scratch_(scratch), out_(out) {}
+  Run(const BpeTables& tables, BpeScratch& scratch, Encoded<Token>& out)
+      : tables_(tables), scratch_(scratch), out_(out) {}
 
   // 16 bytes behind `end` must be readable.
   void encode(const char* at, const char* end) {
@@ -141,7 +141,8 @@ class Run {
     parts(word.at, word.at + word.bytes);
     const std::size_t count = size_ - before;
     if (count > Word::kMaxTokens) return;
-    Word fresh{word.key, {}, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(out_.byte_tokens - bytes_before)};
+    const std::int64_t byte_tokens = out_.byte_tokens - bytes_before;
+    Word fresh{word.key, {}, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(byte_tokens)};
     for (std::size_t k = 0; k < count; ++k) fresh.tokens[k] = static_cast<std::uint32_t>(out_.tokens[before + k]);
     WordCache::put(word.bucket, fresh);
   }
@@ -171,58 +172,9 @@ class Run {
       symbols[count++] = symbol = right;
       at = next;
     }
-    count = merge(symbols, pairs, count);
+    count = merge_short(tables_, symbols, pairs, count);
     for (std::size_t k = 0; k < count; ++k) write(symbols[k]);
     return at;
-  }
-
-  // Merges the best pair, the leftmost of equals, until none is left; returns how many symbols stay.
-  std::size_t merge(Symbol* symbols, Symbol* pairs, std::size_t count) const {
-    std::size_t best = 0;
-    Symbol merged = count > 1 ? pairs[0] : kNoSymbol;
-    for (std::size_t k = 1; k + 1 < count; ++k) {
-      best = pairs[k] < merged ? k : best;
-      merged = pairs[k] < merged ? pairs[k] : merged;
-    }
-    while (merged != kNoSymbol) {
-      if (merged >= tables_.first_tie()) {
-        best = 0;
-        while (rank(pairs[best]) != rank(merged)) ++best;
-        merged = pairs[best];
-      }
-      symbols[best] = merged;
-      --count;
-      const std::size_t at = best;
-      const Symbol on_left = at > 0 ? tables_.merged(symbols[at - 1], merged) : kNoSymbol;
-      const Symbol on_right = at + 1 < count ? tables_.merged(merged, symbols[at + 2]) : kNoSymbol;
-      merged = kNoSymbol;
-      for (std::size_t k = 0; k + 1 < at; ++k) {
-        best = pairs[k] < merged ? k : best;
-        merged = pairs[k] < merged ? pairs[k] : merged;
-      }
-      for (std::size_t k = at + 1; k < count; ++k) {
-        symbols[k] = symbols[k + 1];
-        if (k + 1 == count) break;
-        pairs[k] = pairs[k + 1];
-        best = pairs[k] < merged ? k : best;
-        merged = pairs[k] < merged ? pairs[k] : merged;
-      }
-      if (at > 0) {
-        pairs[at - 1] = on_left;
-        if (__builtin_expect(on_left < merged, 0)) {
-          merged = on_left;
-          best = at - 1;
-        }
-      }
-      if (at + 1 < count) {
-        pairs[at] = on_right;
-        if (__builtin_expect(on_right < merged, 0)) {
-          merged = on_right;
-          best = at;
-        }
-      }
-    }
-    return count;
   }
 
   const char* long_part(const char* at, const char* end) {
@@ -235,53 +187,9 @@ class Run {
       symbols.push_back(right);
       at = next;
     }
-    merge_long(symbols);
+    scratch_.merger.merge(tables_, symbols);
+    for (const Symbol symbol : symbols) write(symbol);
     return at;
-  }
-
-  std::uint32_t rank(Symbol pair) const { return pair == kNoSymbol ? kNoSymbol : tables_.rank(pair); }
-
-  // The same with a heap of (rank, place); an entry whose pair has changed since is passed over.
-  void merge_long(std::vector<Symbol>& symbols) {
-    const std::size_t count = symbols.size();
-    if (count >= std::numeric_limits<std::uint32_t>::max()) throw std::length_error("a word of more than 2^32 characters");
-    std::vector<Symbol>& pairs = scratch_.pairs;
-    std::vector<std::uint32_t>& next = scratch_.next;
-    std::vector<std::uint32_t>& previous = scratch_.previous;
-    std::vector<std::uint64_t>& heap = scratch_.heap;
-    pairs.assign(count, kNoSymbol);
-    next.resize(count);
-    previous.resize(count);
-    heap.clear();
-    for (std::size_t k = 0; k < count; ++k) {
-      next[k] = static_cast<std::uint32_t>(k + 1);
-      previous[k] = static_cast<std::uint32_t>(k) - 1;
-      if (k + 1 == count) break;
-      pairs[k] = tables_.merged(symbols[k], symbols[k + 1]);
-      if (pairs[k] != kNoSymbol) heap.push_back((std::uint64_t{rank(pairs[k])} << 32) | k);
-    }
-    std::make_heap(heap.begin(), heap.end(), std::greater<>());
-    const auto pair_up = [&](std::size_t left) {
-      pairs[left] = next[left] < count ? tables_.merged(symbols[left], symbols[next[left]]) : kNoSymbol;
-      if (pairs[left] == kNoSymbol) return;
-      heap.push_back((std::uint64_t{rank(pairs[left])} << 32) | left);
-      std::push_heap(heap.begin(), heap.end(), std::greater<>());
-    };
-    while (!heap.empty()) {
-      const std::uint64_t top = heap.front();
-      std::pop_heap(heap.begin(), heap.end(), std::greater<>());
-      heap.pop_back();
-      const std::size_t left = top & 0xffffffffu;
-      if (rank(pairs[left]) != top >> 32) continue;
-      const std::size_t right = next[left];
-      symbols[left] = pairs[left];
-      pairs[right] = kNoSymbol;
-      next[left] = next[right];
-      if (next[left] < count) previous[next[left]] = static_cast<std::uint32_t>(left);
-      pair_up(left);
-      if (left > 0) pair_up(previous[left]);
-    }
-    for (std::size_t k = 0; k < count; k = next[k]) write(symbols[k]);
   }
 
   void write(Symbol symbol) {
@@ -390,6 +298,10 @@ std::unique_ptr<BpeScratch> BpeEncoder::take_scratch() const {
 }
 
 void BpeEncoder::give_back(std::unique_ptr<BpeScratch> scratch) const {
+  if (scratch->text.capacity() > kKeptBytes) {
+    scratch->text = std::string();
+    scratch->symbols = std::vector<Symbol>();
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   idle_.push_back(std::move(scratch));
 }

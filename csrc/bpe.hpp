@@ -11,6 +11,7 @@
 
 #include "block.hpp"
 #include "bpe_tables.hpp"
+#include "merging.hpp"
 #include "normalizer.hpp"
 #include "word_cache.hpp"
 
@@ -35,10 +36,7 @@ struct Borders {
 struct BpeScratch {
   std::string text;
   std::vector<Symbol> symbols;
-  std::vector<Symbol> pairs;
-  std::vector<std::uint32_t> next;
-  std::vector<std::uint32_t> previous;
-  std::vector<std::uint64_t> heap;
+  LongMerger merger;
   WordCache cache;
 };
 

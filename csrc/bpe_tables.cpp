@@ -16,7 +16,7 @@ namespace {
 
 constexpr char32_t kSpace = 0x2581;
 constexpr std::size_t kLowCharacters = 0x10000;
-constexpr int kBitsPerJoin = 16;  // of the table of pairs: 6 % of the pairs that never join are taken for joins
+constexpr int kBitsPerJoin = 16;  // in the table of pairs: about 6 % of those that never join are taken for joins
 
 std::u32string characters_of(std::string_view text) {
   std::u32string characters;
@@ -44,7 +44,8 @@ std::string spaced(std::string text) {
 }  // namespace
 
 BpeTables::BpeTables(const std::vector<Piece>& pieces, bool byte_fallback, bool escape_whitespaces)
-    : byte_fallback_(byte_fallback), vocab_size_(pieces.size()), low_(kLowCharacters, kNoSymbol), pages_(0x1100, 0), merges_({}) {
+    : byte_fallback_(byte_fallback), vocab_size_(pieces.size()), low_(kLowCharacters, kNoSymbol),
+      pages_(0x1100, 0), merges_({}) {
   high_.emplace_back().fill(kNoSymbol);
   read_specials(pieces, escape_whitespaces);
   const std::vector<Entry> entries = read_entries(pieces, escape_whitespaces);
@@ -56,7 +57,8 @@ BpeTables::BpeTables(const std::vector<Piece>& pieces, bool byte_fallback, bool 
   for (const Entry& entry : entries) {
     for (const char32_t code : entry.text) add_character(code);
   }
-  if (first_character_ + characters_.size() > MergeTable::kMaxSymbol) throw std::invalid_argument("it has too many pieces");
+  const std::size_t symbols = first_character_ + characters_.size();
+  if (symbols > MergeTable::kMaxSymbol) throw std::invalid_argument("it has too many pieces");
   add_ranks(entries, long_entries);
   const std::vector<Merge> merges = last_merges(entries, long_entries);
   merges_ = MergeTable(merges);
@@ -71,7 +73,10 @@ void BpeTables::read_specials(const std::vector<Piece>& pieces, bool escape_whit
     if (!utf8::valid(piece.text)) throw std::invalid_argument("a piece is not valid UTF-8");
     const auto number = static_cast<std::uint32_t>(id);
     if (piece.type == PieceType::kUnknown) unknown_ = number;
-    if (piece.type == PieceType::kByte) byte_tokens_[std::strtoul(piece.text.substr(3, 2).c_str(), nullptr, 16)] = number;
+    if (piece.type == PieceType::kByte) {  // "<0x41>"
+      if (piece.text.size() != 6) throw std::invalid_argument("its byte piece " + piece.text + " names no byte");
+      byte_tokens_[std::strtoul(piece.text.substr(3, 2).c_str(), nullptr, 16) & 0xff] = number;
+    }
     if (piece.type == PieceType::kUserDefined) {
       // A space in it is never met where spaces are escaped before the text is cut.
       if (escape_whitespaces && piece.text.find(' ') != std::string::npos) continue;

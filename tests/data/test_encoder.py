@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 
 from megatron_cpt.data import Document, _native
 from megatron_cpt.data.encoder import check_encoder, open_encoder
@@ -63,3 +66,79 @@ def test_wrong_types_and_missing_pieces_are_refused(tokenizer: Path) -> None:
     loaded.bos_id = None
     with pytest.raises(DataError, match="no bos piece"):
         open_encoder(loaded, True, False, np.dtype(np.uint16))
+
+
+def test_threads_share_an_encoder(tokenizer: Path, documents: list[Document]) -> None:
+    encoder = open_encoder(load_tokenizer(tokenizer), append_bos=True, append_eos=True, dtype=np.dtype(np.uint16))
+    texts = [document.text for document in documents]
+    blocks = [_native.Block.from_texts(texts[k:] + texts[:k]) for k in range(40)]
+    alone = [encoder.encode(block).tokens for block in blocks]
+    with ThreadPoolExecutor(4) as pool:
+        for ours, expected in zip(pool.map(encoder.encode, blocks), alone, strict=True):
+            np.testing.assert_array_equal(ours.tokens, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model_type": "unigram"}, "type 1, expected BPE"),
+        ({"model_type": "bpe", "control_symbols": ["!"]}, "text can spell its control piece !"),
+    ],
+)
+def test_other_models_go_through_sentencepiece(
+    tmp_path: Path, documents: list[Document], options: dict[str, object], reason: str
+) -> None:
+    texts = [document.text for document in documents]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=90,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    loaded = load_tokenizer(tmp_path)
+    encoder = open_encoder(loaded, append_bos=True, append_eos=True, dtype=np.dtype(np.uint16))
+    assert encoder.name == "sentencepiece" and reason in encoder.reason
+    texts = ["", "the \U0001f99c\U0001f99d river", *texts]
+    check_encoder(encoder, loaded, texts)
+    encoded = encoder.encode(_native.Block.from_texts(texts))
+    assert encoded.tokens.dtype == np.uint16
+    assert encoded.lengths[0] == 0 and encoded.lengths[1] > 2 and encoded.unknown_tokens > 0
+
+
+def test_a_tokenizer_json_goes_through_tokenizers(tmp_path: Path, documents: list[Document]) -> None:
+    texts = [document.text for document in documents]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    encoder = open_encoder(loaded, append_bos=True, append_eos=True, dtype=np.dtype(np.int32))
+    assert encoder.name == "tokenizers" and encoder.reason
+    texts = ["a<|end_of_text|>b", "", *texts]
+    check_encoder(encoder, loaded, texts)
+    encoded = encoder.encode(_native.Block.from_texts(texts))
+    assert encoded.lengths[1] == 0
+    assert np.count_nonzero(encoded.tokens == loaded.eos_id) == len(texts) - 1  # its spelling in a text is text
+
+
+def test_a_changed_file_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(tokenizer.read_bytes())
+    loaded = load_tokenizer(path)
+    path.write_bytes(tokenizer.read_bytes() + b"\x1a\x02\x18\x00")
+    with pytest.raises(DataError, match="was changed while it was in use"):
+        open_encoder(loaded, True, True, np.dtype(np.uint16))
+
+
+def test_a_long_stretch_without_a_cut(tokenizer: Path) -> None:
+    loaded = load_tokenizer(tokenizer)
+    encoder = open_encoder(loaded, append_bos=False, append_eos=False, dtype=np.dtype(np.uint16))
+    check_encoder(encoder, loaded, ["river" * 30_000, "the" * 17 + "\u6d41\u308c\u3066" * 20_000])
