@@ -209,7 +209,8 @@ class Run {
       return;
     }
     out_.byte_tokens += end - at;
-    for (; at < end; ++at) put(tables_.byte_token(static_cast<unsigned char>(*at)));
+    reserve(4);
+    for (; at < end; ++at) out_.tokens[size_++] = static_cast<Token>(tables_.byte_token(static_cast<unsigned char>(*at)));
   }
 
   const BpeTables& tables_;

@@ -81,7 +81,7 @@ def test_threads_share_an_encoder(tokenizer: Path, documents: list[Document]) ->
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"model_type": "unigram"}, "type 1, expected BPE"),
+        ({"model_type": "unigram"}, "model of type 1, not BPE"),
         ({"model_type": "bpe", "control_symbols": ["!"]}, "text can spell its control piece !"),
     ],
 )
