@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def main() -> None:
                 raise SystemExit(f"trial {trial}: the repeated build fails")
             same += hashes(prefix) == expected
             for path in Path(folder).glob(f"{prefix.name}.*"):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     print(
         f"{same} of {arguments.kills} byte-identical ({killed} were killed before their end, {journaled} of them went "
         f"on from a journal; a build takes {duration:.1f} s)"

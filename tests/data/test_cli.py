@@ -93,3 +93,31 @@ def test_wrong_input_ends_with_code_2_and_one_line(
         code, printed, error = run(capsys, *words)
         assert (code, printed) == (2, None) and message in error and error.count("\n") == 1, error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]
+
+
+def test_shards_and_skipped_records(
+    corpus: Path, tokenizer: Path, documents: list[Document], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": 5}\n{"text": "b"}\n')
+    build = ["build", corpus, bad, "--tokenizer", tokenizer, "--output", tmp_path / "x", "--json"]
+    assert run(capsys, *build, "--shard", "0/2")[1]["files"] == [str(corpus)]
+    for words, message in (
+        (["--shard", "1/2"], "bad.jsonl:2: "),
+        (["--shard", "2/2"], "shard 2/2: expected i/n"),
+        (["--shard", "two"], "--shard two: expected I/N"),
+        (["--on-error", "ignore"], "expected 'stop' or 'skip'"),
+        ([bad], "given twice"),
+        (["--no-bos"], "append_bos was True, is False"),
+    ):
+        code, printed, error = run(capsys, *build, *words)
+        assert (code, printed) == (2, None) and message in error and error.count("\n") == 1, error
+    assert run(capsys, *build, "--on-error", "skip", "--shard", "1/2")[0] == 0
+    code, made, _ = run(capsys, *build, "--on-error", "skip")
+    assert code == 0 and made["documents"] == len(documents) + 2 and sum(made["faults"].values()) == 1
+    assert (tmp_path / "x.faults.txt").read_text().startswith(f"{bad}:2: ")
+    code, verified, _ = run(capsys, "verify", tmp_path / "x", "--inputs", "--json")
+    assert code == 0 and verified["inputs_checked"] == 3
+    bad.write_text("")
+    code, _, error = run(capsys, "verify", tmp_path / "x", "--inputs")
+    assert code == 1 and "bad.jsonl is not the file" in error

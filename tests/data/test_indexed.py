@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.data import IndexedDataset
-from megatron_cpt.data.writing import IndexedDatasetWriter
+from megatron_cpt.data.writing import IndexedDatasetWriter, write_index
 from megatron_cpt.errors import DataError
 
 
@@ -200,4 +200,38 @@ def test_a_dataset_without_any_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"")
     (tmp_path / "x.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQq", 1, 8, 0, 1, 0))
     with pytest.raises(DataError, match="holds no token"):
+        IndexedDataset(tmp_path / "x", foreign=True)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16"])
+def test_the_index_equals_megatrons_in_every_type_with_split_and_empty_documents(
+    dtype: str, tmp_path: Path, megatron: Any
+) -> None:
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=getattr(np, dtype))
+    lengths, borders = [], [0]
+    for number, row in enumerate(rows(100)):
+        if number % 5 == 0:
+            builder.end_document()
+            borders.append(len(lengths))
+        half = len(row) // 2
+        parts = [half, len(row) - half] if half else [len(row)]
+        builder.add_document(row, parts)
+        lengths += parts
+        borders.append(len(lengths))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    write_index(tmp_path / "ours.idx", np.dtype(dtype), np.array(lengths, np.int32), np.array(borders, np.int64))
+    assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+    (tmp_path / "ours.bin").write_bytes((tmp_path / "x.bin").read_bytes())
+    assert megatron.IndexedDataset(str(tmp_path / "ours")).document_indices.tolist() == borders
+    assert IndexedDataset(tmp_path / "ours", foreign=True).num_documents == len(borders) - 1
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("float32", 7), ("float64", 6)])
+def test_megatrons_floating_point_types_are_refused_in_words(
+    dtype: str, code: int, tmp_path: Path, megatron: Any
+) -> None:
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=getattr(np, dtype))
+    builder.add_document(np.arange(5), [5])
+    builder.finalize(str(tmp_path / "x.idx"))
+    with pytest.raises(DataError, match=f"type code {code}; expected version 1 and an integer type"):
         IndexedDataset(tmp_path / "x", foreign=True)
