@@ -1,8 +1,8 @@
 """Is a dataset the same, byte for byte, when its build is killed at random moments and repeated?
 
-Each trial kills `megatron-cpt data build` with SIGKILL at a random moment of its work (imports do not count), repeats it until it ends, and
-compares every file with those of a build that nobody disturbed. The journal is written every few MiB here, so that
-kills fall between entries.
+Each trial kills `megatron-cpt data build` with SIGKILL at a random moment of its work (imports do not count), repeats
+it until it ends, and compares every file with those of a build that nobody disturbed. The journal is written every few
+MiB here, so that kills fall between entries.
 
     python benchmarks/bench_kill.py --text corpus.jsonl... --tokenizer tokenizer.model --kills 50
 """
