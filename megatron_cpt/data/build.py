@@ -25,6 +25,7 @@ from megatron_cpt.data.counting import Counts, manifest_counts
 from megatron_cpt.data.documents import Document
 from megatron_cpt.data.encoder import Encoder, check_encoder, open_encoder
 from megatron_cpt.data.indexed import dtype_for
+from megatron_cpt.data.machines import open_machines
 from megatron_cpt.data.ordered import Progress, run_parts
 from megatron_cpt.data.parts import Notice, Parts, check_shard
 from megatron_cpt.data.tokens import TokenWork
@@ -111,10 +112,15 @@ class DatasetBuild:
         """Encode the parts `numbers` with `workers` threads, each from where its journal says.
 
         Raises:
-            DataError: a broken file or record, or no room on the disk.
+            DataError: a broken file or record, no room on the disk, or not the job that was claimed.
             VerificationError: the encoder and the reference library differ on a document.
         """
         parts = self.parts()
+        if not parts.is_begun():
+            raise DataError(
+                f"{parts.folder}, as host {os.uname().nodename} sees it, is of a build with another tokenizer or other "
+                "files; let all hosts see the same files at the same place"
+            )
         loaded, encoder = self._loaded, self._encoder
         run_parts(
             parts,
@@ -122,7 +128,7 @@ class DatasetBuild:
             lambda path, start: open_blocks(path, self.text_field, start),
             lambda part: TokenWork(part, encoder, loaded, self.held_out, self.on_error),
             workers,
-            _with_space_check(parts, on_progress),
+            _with_space_check(parts, numbers, on_progress),
             notice,
         )
 
@@ -150,7 +156,7 @@ def build_files(
     tokenizer: str | Path,
     prefix: str | Path,
     language: str,
-    workers: int = 1,
+    workers: int | None = 1,
     held_out: tuple[float, str] | None = None,
     append_bos: bool = True,
     append_eos: bool = True,
@@ -158,6 +164,7 @@ def build_files(
     on_error: str = "stop",
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
+    ray: str | None = None,
     on_progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> dict[str, Any]:
@@ -171,7 +178,7 @@ def build_files(
         tokenizer: likewise.
         prefix: likewise.
         language: likewise.
-        workers: threads; each needs a few MB, the whole process less than 1 GiB whatever the input.
+        workers: threads, see `open_machines`; each needs a few MB, a process less than 1 GiB whatever the input.
         held_out: likewise.
         append_bos: likewise.
         append_eos: likewise.
@@ -179,6 +186,7 @@ def build_files(
         on_error: likewise.
         shard: (i, n), i from 0: work on every n-th file only and leave the rest, and the dataset, to others.
         overwrite: replace a dataset that is already there, and drop what another job has left unfinished.
+        ray: address of a Ray cluster whose hosts encode the files, as `open_cluster` takes it; None: this process.
         on_progress: called with (bytes done, bytes in all) of the files as they are on disk.
         notice: is told when work that was done is done again.
 
@@ -188,6 +196,7 @@ def build_files(
     Raises:
         DataError: nothing to write, a dataset is there already, a broken file, or no room on the disk.
         VerificationError: the encoder and the reference library differ on a document.
+        ConfigError: no cluster at `ray`, or one that cannot do this.
     """
     paths = tuple(Path(path) for path in files)
     build = DatasetBuild(
@@ -200,17 +209,22 @@ def build_files(
     if not overwrite and not parts.is_begun():
         check_no_dataset(prefix)
     build.check_tokenizer()
-    parts.claim(replace=overwrite)
-    if shard is not None:
-        build.work(parts.pending(shard), workers, on_progress, notice)
-        return {"shard": f"{shard[0]}/{shard[1]}", "files": [str(path) for path in paths[shard[0] :: shard[1]]]}
-    with lock_folder(parts.folder, ".building"):
-        try:
-            build.work(parts.pending(), workers, on_progress, notice)
-            return build.assemble()
-        except BaseException:
-            parts.discard_untouched()
-            raise
+    with open_machines(ray, workers) as machines:
+
+        def work(numbers: Sequence[int]) -> None:
+            machines.run_parts(parts, build.work, numbers, [build.tokenizer], on_progress, notice)
+
+        parts.claim(replace=overwrite)
+        if shard is not None:
+            work(parts.pending(shard))
+            return {"shard": f"{shard[0]}/{shard[1]}", "files": [str(path) for path in paths[shard[0] :: shard[1]]]}
+        with lock_folder(parts.folder, ".building"):
+            try:
+                work(parts.pending())
+                return build.assemble()
+            except BaseException:
+                parts.discard_untouched()
+                raise
 
 
 def build_dataset(
@@ -307,18 +321,23 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
         yield batch
 
 
-def _with_space_check(parts: Parts, on_progress: Progress | None) -> Progress:
-    """A progress function that refuses early what the disk will not hold, by the ratio found so far."""
+def _with_space_check(parts: Parts, numbers: Sequence[int], on_progress: Progress | None) -> Progress:
+    """A progress function that refuses early what the disk will not hold, by the ratio found in `numbers` so far."""
     asked = -_SPACE_EVERY_BYTES
-    copies = 2 if len(parts.inputs) > 1 else 1
+    mine = {f"{number:05d}" for number in numbers}
 
     def check(done: int, total: int) -> None:
         nonlocal asked
         if done - asked >= _SPACE_EVERY_BYTES and done:
-            asked = done
-            held = sum(path.stat().st_size for path in parts.folder.iterdir())
+            data = [path for path in parts.folder.iterdir() if ".json" not in path.name]  # journals come and go
+            sizes = [(path.stem in mine, path.stat().st_size) for path in data]
+            held = sum(size for is_mine, size in sizes if is_mine)
+            asked = done if held else asked  # nothing has left the buffers yet
+            needed = int(held / done * total) - held
+            if len(parts.inputs) > 1:  # the assembled copy of all parts
+                needed += sum(size for _, size in sizes) + needed
             disk = os.statvfs(parts.folder)
-            free, needed = disk.f_bavail * disk.f_frsize, int(held / done * total) * copies - held
+            free = disk.f_bavail * disk.f_frsize
             if needed > free:
                 raise DataError(
                     f"{parts.folder}: about {needed / 1e9:.1f} GB more are needed there, {free / 1e9:.1f} GB are free; "

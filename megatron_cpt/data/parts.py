@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -149,6 +150,16 @@ class Parts:
                 yield part
             finally:
                 part.close()
+
+    def wait_for(self, number: int, seconds: float) -> None:
+        """Wait until no process works on a part, at most so long: what a lost host has held is let go late."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                with _locked(self.folder / f"{number:05d}.lock", self.inputs[number]):
+                    return
+            except DataError:
+                time.sleep(1.0)
 
     def discard_untouched(self) -> None:
         """Remove the folder where no journal holds anything and nobody works: the attempt has gained nothing."""

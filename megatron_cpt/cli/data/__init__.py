@@ -6,6 +6,7 @@ import typer
 
 from megatron_cpt.cli.data.build import build
 from megatron_cpt.cli.data.clean import clean
+from megatron_cpt.cli.data.cluster import CommandWithRay
 from megatron_cpt.cli.data.indices import indices
 from megatron_cpt.cli.data.inspect import inspect, verify
 from megatron_cpt.cli.data.pack import pack
@@ -13,4 +14,4 @@ from megatron_cpt.cli.data.pairs import pairs
 
 app = typer.Typer(help="Clean corpora; build, inspect and verify indexed datasets.", no_args_is_help=True)
 for command in (clean, pairs, build, pack, indices, inspect, verify):
-    app.command()(command)
+    app.command(cls=CommandWithRay if "ray" in command.__annotations__ else None)(command)

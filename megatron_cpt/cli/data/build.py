@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
+from megatron_cpt.cli.data.cluster import RayOption, WorkersOption
 from megatron_cpt.cli.data.facts import show_facts
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ def build(
     output: Annotated[str, typer.Option(help="Prefix of the dataset to write.")],
     language: Annotated[str, typer.Option(help="Short name of the language, such as ja.")] = "",
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a core.")] = None,
+    workers: WorkersOption = None,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the works to hold out.")] = 0.0,
     only_held_out: Annotated[bool, typer.Option("--only-held-out", help="Write the held-out side.")] = False,
     bos: Annotated[bool, typer.Option(help="Begin each document with bos.")] = True,
     eos: Annotated[bool, typer.Option(help="End each document with eos.")] = True,
     on_error: Annotated[str, typer.Option(metavar="stop|skip", help="What to do at a broken record.")] = "stop",
     shard: Annotated[str, typer.Option(metavar="I/N", help="Work on every N-th file from the I-th (from 0).")] = "",
+    ray: RayOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -37,7 +38,8 @@ def build(
 
     Killed at any moment, the same command goes on where it was and ends with the same bytes. With --shard I/N
     the files are shared out over N commands, on one machine or several with a common file system; the same
-    command without --shard then makes what is missing, and the dataset. With --held-out F, works (ids up to
+    command without --shard then makes what is missing, and the dataset. With --ray the files are tasks of a Ray
+    cluster that is already running, on a file system that all its hosts mount. With --held-out F, works (ids up to
     '#') are split by a hash: one call without and one with --only-held-out give two disjoint datasets.
     """
     from megatron_cpt.config.schema import LANGUAGE_PATTERN, LANGUAGE_RULE
@@ -61,7 +63,7 @@ def build(
             tokenizer,
             output,
             language,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers,
             held_out=side,
             append_bos=bos,
             append_eos=eos,
@@ -69,6 +71,7 @@ def build(
             on_error=on_error,
             shard=shard_of(shard),
             overwrite=overwrite,
+            ray=ray,
             on_progress=advance,
             notice=lambda text: typer.echo(text, err=True),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit, progress
 from megatron_cpt.cli.data.build import shard_of
+from megatron_cpt.cli.data.cluster import RayOption, WorkersOption
 
 
 def clean(
@@ -21,9 +21,10 @@ def clean(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     overrides: SetOption = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a core.")] = None,
+    workers: WorkersOption = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Only judge every N-th file from the I-th (from 0).")] = "",
     on_error: Annotated[str, typer.Option(metavar="stop|skip", help="What to do at a broken record.")] = "stop",
+    ray: RayOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished cleaning.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -31,7 +32,8 @@ def clean(
     """Drop what a profile's rules and duplicates say, and write why to OUTPUT/report.md.
 
     Stopped at any moment, the same command goes on. With --shard I/N (I from 0) several machines judge their
-    files first; the command without it does the rest.
+    files first; the command without it does the rest. With --ray the files, and the search for duplicates, are
+    tasks of a Ray cluster that is already running, on a file system that all its hosts mount.
     """
     from megatron_cpt.data.cleaning import clean_files, load_profile
 
@@ -44,11 +46,12 @@ def clean(
             files,
             output,
             resolved.config,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers,
             shard=shard_of(shard),
             text_field=text_field,
             on_error=on_error,
             overwrite=overwrite,
+            ray=ray,
             on_progress=advance,
             notice=lambda text: typer.echo(text, err=True),
         )

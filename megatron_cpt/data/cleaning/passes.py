@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ ZSTD_LEVEL = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What every pass has to know; a plain value.
+    """What every pass has to know; a plain value, which loads its scorers where it is.
 
     Args:
         profile: the rules.
@@ -51,6 +52,14 @@ class Job:
     profile: Profile
     text_field: str
     on_error: str
+
+    @cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        """The scorers of the profile, loaded."""
+        return scorers_of(self.profile)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def signing(self) -> Signing | None:

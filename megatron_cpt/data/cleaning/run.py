@@ -1,4 +1,4 @@
-"""Cleaning of corpus files from beginning to end, on one machine; may be killed and run again at any moment.
+"""Cleaning of corpus files from beginning to end; may be killed and run again at any moment.
 
 The folder `<output>/.work` holds the journal until the end:
 1. `scan/`: each file is read, normalised, measured and judged (`passes.Scan`); files are parts, any shard of
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,11 @@ from megatron_cpt.data.cleaning.passes import (
     Verdicts,
     Write,
     digest,
-    scorers_of,
 )
-from megatron_cpt.data.cleaning.plugins import Scorer
 from megatron_cpt.data.cleaning.profiles import Profile
 from megatron_cpt.data.cleaning.report import make_report, write_report
 from megatron_cpt.data.cleaning.rules import KEPT
+from megatron_cpt.data.machines import Machines, open_machines
 from megatron_cpt.data.ordered import Progress, run_parts
 from megatron_cpt.data.parts import Notice, Parts, check_shard
 from megatron_cpt.errors import CptError, DataError
@@ -58,11 +57,12 @@ def clean_files(
     files: Sequence[str | Path],
     output: str | Path,
     profile: Profile,
-    workers: int = 1,
+    workers: int | None = 1,
     shard: tuple[int, int] | None = None,
     text_field: str = "text",
     on_error: str = "stop",
     overwrite: bool = False,
+    ray: str | None = None,
     on_progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> dict[str, Any]:
@@ -70,19 +70,20 @@ def clean_files(
 
     Records keep all their fields, and their very bytes where no step of the profile changes the text. A file
     of which nothing stays gives none. `report.md` (with plots), `report.json` and `manifest.json` say what
-    was done. The result does not depend on `workers`, `shard`, or on how often the work was stopped and
+    was done. The result does not depend on `workers`, `shard`, `ray`, or on how often the work was stopped and
     continued.
 
     Args:
         files: corpus files, of the kinds that `open_blocks` reads; duplicates are dropped in their order.
         output: folder to write; new, empty, or where the same command was stopped.
         profile: what to do, see `load_profile`.
-        workers: threads.
+        workers: threads, see `open_machines`.
         shard: (i, n) only measures and judges every n-th file from the i-th on; a call without it does what
             is then missing.
         text_field: field (column) that holds the text.
         on_error: "stop" at a record without a text, or "skip" such records, counted and logged in `faults.log`.
         overwrite: replace a finished cleaning.
+        ray: address of a Ray cluster whose hosts do the work, as `open_cluster` takes it; None: this process.
         on_progress: called with (bytes read, bytes in all) of both walks.
         notice: is told when work that was done is done again.
 
@@ -91,6 +92,7 @@ def clean_files(
 
     Raises:
         DataError: wrong input, a record without a text, or an output folder that is in use.
+        ConfigError: no cluster at `ray`, or one that cannot do this.
     """
     if on_error not in ("stop", "skip"):
         raise DataError(f"on_error is {on_error!r}, expected 'stop' or 'skip'")
@@ -100,21 +102,26 @@ def clean_files(
     job = Job(profile, text_field, on_error)
     scan = Parts(output / _WORK / "scan", "judged corpus", _options(job), inputs)
     _check_output(output, overwrite)
-    scorers = scorers_of(profile)
-    scan.claim(replace=overwrite)
-    try:
-        _scan(scan, job, scorers, workers, shard, on_progress, notice)
-    except CptError:
-        _discard_untouched(scan, output)
-        raise
-    if shard is not None:
-        left = len(scan.pending())
-        return {"judged_files": len(inputs) - left, "files_left": left}
-    found = _decide(scan, job, output / _WORK / "verdicts", workers)
-    write = Parts(output / _WORK / "write", KIND, {**scan.options, "scan": found["scan"]}, inputs)
-    write.claim(replace=True)
-    _write(scan, write, job, workers, on_progress, notice)
-    return _finish(scan, write, job, scorers, found, output)
+    _ = job.scorers  # loaded first: an error leaves nothing behind
+    with open_machines(ray, workers) as machines:
+        scan.claim(replace=overwrite)
+        shared = [Path(model) for model in scan.options["models"]]
+        walks = 1 if shard is not None else 2
+        advance = None if on_progress is None else lambda done, total: on_progress(done, walks * total)
+        try:
+            machines.run_parts(scan, partial(_scan, scan, job), scan.pending(shard), shared, advance, notice)
+        except CptError:
+            _discard_untouched(scan, output)
+            raise
+        if shard is not None:
+            left = len(scan.pending())
+            return {"judged_files": len(inputs) - left, "files_left": left}
+        found = _decide(scan, job, output / _WORK / "verdicts", machines)
+        write = Parts(output / _WORK / "write", KIND, {**scan.options, "scan": found["scan"]}, inputs)
+        write.claim(replace=True)
+        advance = None if on_progress is None else lambda done, total: on_progress(total + done, 2 * total)
+        machines.run_parts(write, partial(_write, scan, write, job), write.pending(), (), advance, notice)
+    return _finish(scan, write, job, found, output)
 
 
 def _options(job: Job) -> dict[str, Any]:
@@ -155,28 +162,27 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _scan(
-    scan: Parts,
-    job: Job,
-    scorers: Mapping[str, Scorer],
-    workers: int,
-    shard: tuple[int, int] | None,
-    on_progress: Progress | None,
-    notice: Notice | None,
+    scan: Parts, job: Job, numbers: Sequence[int], workers: int, on_progress: Progress | None, notice: Notice | None
 ) -> None:
-    walks = 1 if shard is not None else 2
     run_parts(
         scan,
-        scan.pending(shard),
+        numbers,
         lambda path, start: open_blocks(path, job.text_field, start),
-        lambda part: Scan(job, scorers, part),
+        lambda part: Scan(job, job.scorers, part),
         workers,
-        None if on_progress is None else lambda done, total: on_progress(done, walks * total),
+        on_progress,
         notice,
     )
 
 
 def _write(
-    scan: Parts, write: Parts, job: Job, workers: int, on_progress: Progress | None, notice: Notice | None
+    scan: Parts,
+    write: Parts,
+    job: Job,
+    numbers: Sequence[int],
+    workers: int,
+    on_progress: Progress | None,
+    notice: Notice | None,
 ) -> None:
     def open_work(part: Any) -> Write:
         judged = scan.read(part.number)
@@ -185,11 +191,11 @@ def _write(
 
     run_parts(
         write,
-        write.pending(),
+        numbers,
         lambda path, start: open_blocks(path, job.text_field, start),
         open_work,
         workers,
-        None if on_progress is None else lambda done, total: on_progress(total + done, 2 * total),
+        on_progress,
         notice,
     )
 
@@ -198,7 +204,7 @@ def _verdicts_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.npy"
 
 
-def _decide(scan: Parts, job: Job, folder: Path, workers: int) -> dict[str, Any]:
+def _decide(scan: Parts, job: Job, folder: Path, machines: Machines) -> dict[str, Any]:
     """Search for duplicates and write every file's verdicts; `found.json` comes last.
 
     Returns:
@@ -217,9 +223,8 @@ def _decide(scan: Parts, job: Job, folder: Path, workers: int) -> dict[str, Any]
     if wanted is not None and signing is not None:
         for part in parts:
             part.path("signatures").touch()
-        with ThreadPoolExecutor(workers) as pool:
-            paths = [part.path("signatures") for part in parts]
-            duplicates = find_duplicates(paths, folder, signing, wanted.threshold, pool.map)
+        paths = [part.path("signatures") for part in parts]
+        duplicates = find_duplicates(paths, folder, signing, wanted.threshold, machines.map)
         for number, mine in enumerate(verdicts):
             survivors = np.flatnonzero(mine == KEPT)
             mine[survivors[duplicates.exact(number)]] = EXACT_DUPLICATE
@@ -236,9 +241,7 @@ def _read(path: Path, dtype: Any) -> npt.NDArray[Any]:
     return np.fromfile(path, dtype) if path.exists() else np.zeros(0, dtype)
 
 
-def _finish(
-    scan: Parts, write: Parts, job: Job, scorers: Mapping[str, Scorer], found: dict[str, Any], output: Path
-) -> dict[str, Any]:
+def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: Path) -> dict[str, Any]:
     work = output / _WORK
     if (output / MANIFEST).exists():
         old = read_manifest(output / MANIFEST, KIND, DataError)
@@ -259,7 +262,7 @@ def _finish(
         documents = written.state["counts"]["documents"]
         outputs[name] = {"sha256": digest(written.state), "bytes": written.size("zst"), "documents": documents}
     written_names = [name if name in outputs else "" for name in names]
-    report = make_report(job, scorers, [str(path) for path in scan.inputs], written_names, states)
+    report = make_report(job, job.scorers, [str(path) for path in scan.inputs], written_names, states)
     if found["duplicates"] is not None:
         report["duplicates"]["search"] = found["duplicates"]
         _name_originals(report, scan, found["firsts"], np.load(work / "verdicts" / "roots.npy", mmap_mode="r"))
