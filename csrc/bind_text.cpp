@@ -6,6 +6,11 @@
 #include "block.hpp"
 #include "text_stats.hpp"
 
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 namespace py = pybind11;
 
 namespace {
@@ -84,27 +89,50 @@ constexpr Field kFields[] = {
 // A figure that is not in the table would never be seen.
 static_assert(std::size(kFields) * sizeof(double) == sizeof(cpt::TextMetrics));
 
-py::dict text_metrics(const cpt::Block& block, const std::vector<std::string>& stop_words) {
-  const auto size = static_cast<py::ssize_t>(block.size());
+using Names = std::vector<std::string>;
+
+std::vector<Field> fields_of(const Names& wanted) {
+  if (wanted.empty()) return {std::begin(kFields), std::end(kFields)};
+  std::vector<Field> fields;
+  for (const std::string& name : wanted) {
+    const auto* field = std::find_if(std::begin(kFields), std::end(kFields),
+                                     [&name](const Field& known) { return name == known.name; });
+    if (field == std::end(kFields)) throw std::invalid_argument("no figure of the name " + name);
+    fields.push_back(*field);
+  }
+  return fields;
+}
+
+bool any_ends_in(const std::vector<Field>& fields, const std::string& ending) {
+  return std::any_of(fields.begin(), fields.end(), [&ending](const Field& field) {
+    const std::string name = field.name;
+    const bool counts = name.rfind("top_", 0) == 0 || name.rfind("repeated_", 0) == 0;
+    return counts && name.substr(name.size() - std::min(name.size(), ending.size())) == ending;
+  });
+}
+
+py::dict text_metrics(const cpt::Block& block, const Names& stop_words, const Names& wanted) {
+  const std::vector<Field> fields = fields_of(wanted);
   std::vector<py::array_t<double>> columns;
   std::vector<double*> places;
   py::dict result;
-  for (const Field& field : kFields) {
-    columns.emplace_back(size);
+  for (const Field& field : fields) {
+    columns.emplace_back(static_cast<py::ssize_t>(block.size()));
     places.push_back(columns.back().mutable_data());
     result[field.name] = columns.back();
   }
   const py::gil_scoped_release released;
-  cpt::TextMeter meter({stop_words.begin(), stop_words.end()});
+  cpt::TextMeter meter({stop_words.begin(), stop_words.end()}, any_ends_in(fields, "gram"),
+                       any_ends_in(fields, "words"));
   for (std::size_t k = 0; k < block.size(); ++k) {
     const cpt::TextMetrics metrics = meter.measure(block.document(k));
-    for (std::size_t column = 0; column < places.size(); ++column) places[column][k] = metrics.*kFields[column].value;
+    for (std::size_t column = 0; column < places.size(); ++column) places[column][k] = metrics.*fields[column].value;
   }
   return result;
 }
 
-std::vector<std::string> metric_names() {
-  std::vector<std::string> names;
+Names metric_names() {
+  Names names;
   for (const Field& field : kFields) names.emplace_back(field.name);
   return names;
 }
@@ -112,6 +140,7 @@ std::vector<std::string> metric_names() {
 }  // namespace
 
 void bind_text(py::module_& module) {
-  module.def("text_metrics", &text_metrics, py::arg("block"), py::arg("stop_words") = std::vector<std::string>{});
+  module.def("text_metrics", &text_metrics, py::arg("block"), py::arg("stop_words") = Names{},
+             py::arg("wanted") = Names{});
   module.def("metric_names", &metric_names);
 }

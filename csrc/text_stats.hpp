@@ -55,8 +55,9 @@ class TextMeter {
  public:
   static constexpr std::size_t kLongRun = 5;
 
-  // Stop words are in lower case.
-  explicit TextMeter(const std::vector<std::string_view>& stop_words) {
+  // N-grams take most of the time: those that are not wanted stay 0. Stop words are in lower case.
+  TextMeter(const std::vector<std::string_view>& stop_words, bool ngrams, bool word_ngrams)
+      : wants_ngrams_(ngrams), wants_word_ngrams_(word_ngrams) {
     for (const std::string_view word : stop_words) {
       std::uint64_t hash = kSeed;
       for (const char* at = word.data(); at < word.data() + word.size();) hash = step(hash, utf8::decode(at));
@@ -80,8 +81,8 @@ class TextMeter {
     count_lines();
     count_sentences();
 
-    count_ngrams();
-    count_word_ngrams();
+    if (wants_ngrams_) count_ngrams();
+    if (wants_word_ngrams_) count_word_ngrams();
     return now_;
   }
 
@@ -350,6 +351,7 @@ class TextMeter {
     return static_cast<double>(covered);
   }
 
+  bool wants_ngrams_, wants_word_ngrams_;
   TextMetrics now_;
   double visible_ = 0;
   std::unordered_map<std::uint64_t, std::size_t> stop_words_;

@@ -116,7 +116,11 @@ class Components:
 
 # Figures of texts for the rules of cleaning (csrc/bind_text.cpp)
 
-def text_metrics(block: Block, stop_words: list[str] = ...) -> dict[str, npt.NDArray[np.float64]]: ...
+def text_metrics(
+    block: Block, stop_words: list[str] = ..., wanted: list[str] = ...
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Figures of each document: the wanted ones, or all of `metric_names()`."""
+
 def metric_names() -> list[str]: ...
 
 # Texts to ids (csrc/bind_encoder.cpp)

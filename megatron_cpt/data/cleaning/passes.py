@@ -102,7 +102,10 @@ class Scan:
         rules = profile.active_rules
         block = self._job.parse(raw, self._part.input)
         judged, changes = _normalised(block, profile)
-        metrics: dict[str, Any] = _native.text_metrics(judged, list(profile.stop_words))
+        wanted = [metric for metric in self._edges if metric not in self._scorers]
+        metrics: dict[str, Any] = {}
+        if wanted:
+            metrics |= _native.text_metrics(judged, list(profile.stop_words), wanted)
         if self._scorers:
             texts = judged.texts()
             metrics |= {name: np.array(scores(name, one, texts)) for name, one in self._scorers.items()}

@@ -284,3 +284,14 @@ def test_long_text_is_judged_by_its_beginning() -> None:
     (whole, cut) = metrics([beginning + "x" * 100_000, beginning])
     assert whole["repeated_10gram"] == cut["repeated_10gram"] == 0
     assert whole["longest_run"] == 100_000
+
+
+def test_wanted_figures_are_the_same_alone() -> None:
+    draw = random.Random(11)
+    block = _native.Block.from_texts([random_text(draw) for _ in range(50)])
+    everything = _native.text_metrics(block, STOP_WORDS)
+    for name in _native.metric_names():
+        alone = _native.text_metrics(block, STOP_WORDS, [name])
+        assert list(alone) == [name] and (alone[name] == everything[name]).all()
+    with pytest.raises(ValueError, match="no figure of the name nothing"):
+        _native.text_metrics(block, [], ["nothing"])
