@@ -20,7 +20,7 @@ from megatron_cpt.data.shares import BLOCK, largest_remainder
 from megatron_cpt.data.stages import Order, Place, SourceFacts, describe_order
 from megatron_cpt.errors import ConfigError, DataError
 
-CURRICULA = Path(__file__).parent / "curricula"
+CURRICULA = Path(__file__).parents[2] / "examples" / "curricula"
 
 
 def source(name: str, windows: int, weight: float = 1.0, max_epochs: float | None = None) -> SourceFacts:
