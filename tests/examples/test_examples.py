@@ -44,9 +44,8 @@ def test_script_is_valid_shell(script: Path) -> None:
 
 def test_every_file_is_in_the_table() -> None:
     table = (EXAMPLES / "README.md").read_text()
-    assert [
-        path.name for path in EXAMPLES.iterdir() if path.name != "README.md" and f"({path.name})" not in table
-    ] == []
+    files = [str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.*") if path.name != "README.md"]
+    assert [name for name in files if f"({name})" not in table] == []
 
 
 def test_train_job_fits_a_7b_on_eight_gpus() -> None:
