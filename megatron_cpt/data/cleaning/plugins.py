@@ -72,26 +72,37 @@ def scores(name: str, scorer: Scorer, texts: Sequence[str]) -> list[float]:
     return numbers
 
 
-def _library(module: str, install: str) -> Any:
+def _library(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise DataError(f"the scorer {module} needs a library that is not here: {install}") from None
+        raise DataError(
+            f"the scorer {module} needs a library that is not here: pip install {package}, or the extra [clean]"
+        ) from None
 
 
-def _model(path: str) -> str:
+def _load(open_model: Callable[[str], Any], path: str) -> Any:
     if not Path(path).is_file():
-        raise DataError(f"the model {path} of a scorer does not exist; give the option `model` another path")
-    return path
+        raise DataError(f"the model {path} of a scorer does not exist; give its option another path")
+    try:
+        return open_model(path)
+    except (OSError, RuntimeError, ValueError) as caught:
+        raise DataError(f"the model {path} of a scorer cannot be loaded: {caught}") from None
 
 
 class KenlmPerplexity:
-    """Perplexity of a text under an n-gram model of KenLM, per word or per SentencePiece piece.
+    """Perplexity of a text under an n-gram model of KenLM, per token: word or SentencePiece piece.
 
-    perplexity = 10 ** (-log10 P(all lines, each with its end) / (words + lines))
+    perplexity = 10 ** (-log10 P / tokens), as in CCNet (Wenzek et al. 2020, arXiv:1911.00359): P is the product over
+    all lines that are not blank, each with its beginning as context and its end as a token; tokens are the words (or
+    pieces) and one end a line. Words that the model does not know have the probability of its `<unk>`, and so have
+    `<s>` and `</s>` where a text happens to contain them. The text is taken as it is: a model trained on lower-cased
+    text or with digits replaced wants the same of a profile's normalisation, or a scorer of your own.
+
+    KenLM holds Python's lock while it works, so one process scores on one core; `--shard` and `--ray` use more.
 
     Args:
-        model: an .arpa or .bin file.
+        model: an .arpa or .bin file; .bin is mapped into memory, which processes of a host share.
         pieces: a SentencePiece model that cuts the lines the way the n-gram model was trained; "" for words
             between spaces.
     """
@@ -99,32 +110,40 @@ class KenlmPerplexity:
     scale: Scale = "size"
 
     def __init__(self, model: str, pieces: str = "") -> None:
-        self._model = _library("kenlm", "pip install kenlm").Model(_model(model))
+        kenlm = _library("kenlm", "kenlm")
+        config = kenlm.Config()
+        config.show_progress, config.arpa_complain = False, kenlm.ARPALoadComplain.NONE
+        self._model = _load(lambda path: kenlm.Model(path, config), model)
         self._pieces: Any = None
         if pieces:
             import sentencepiece
 
-            self._pieces = sentencepiece.SentencePieceProcessor(model_file=_model(pieces))
+            self._pieces = _load(lambda path: sentencepiece.SentencePieceProcessor(model_file=path), pieces)
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Perplexities; NaN for a text without words."""
         return [self._perplexity(text) for text in texts]
 
     def _perplexity(self, text: str) -> float:
-        log10, count = 0.0, 0
+        log10, tokens = 0.0, 0
         for line in text.splitlines():
             words = self._pieces.encode(line, out_type=str) if self._pieces else line.split()
             if words:
+                if "<s>" in words or "</s>" in words:
+                    words = ["<unk>" if word in ("<s>", "</s>") else word for word in words]
                 log10 += self._model.score(" ".join(words), bos=True, eos=True)
-                count += len(words) + 1
-        return math.pow(10.0, min(-log10 / count, 300.0)) if count else math.nan
+                tokens += len(words) + 1
+        return math.pow(10.0, min(-log10 / tokens, 300.0)) if tokens else math.nan
 
 
 class FasttextLanguage:
     """Probability that a text is of a language, by a fastText model such as lid.176 or GlotLID.
 
+    fastText holds Python's lock while it works, so one process scores on one core. It ends the process at a model
+    file that was cut short; compare the file's hash with its source.
+
     Args:
-        model: the model file.
+        model: the model file, .bin or .ftz.
         language: the label without its prefix, such as "ja" or "kor_Hang".
         characters: how much of the beginning of a text is looked at.
     """
@@ -132,9 +151,13 @@ class FasttextLanguage:
     scale: Scale = "share"
 
     def __init__(self, model: str, language: str, characters: float = 2000) -> None:
-        self._model = _library("fasttext", "pip install fasttext-predict").load_model(_model(model))
-        self._label = f"__label__{language}"
+        self._model = _load(_library("fasttext", "fasttext-predict").load_model, model)
+        self._label = f"{_LABEL}{language}"
         self._characters = int(characters)
+        known = [label.removeprefix(_LABEL) for label in self._model.predict("", k=-1)[0]]
+        if known and language not in known:  # a model without a vector for the end of a line names none
+            near = difflib.get_close_matches(language, known, n=3, cutoff=0.3) or sorted(known)[:10]
+            raise DataError(f"the model {model} has no language {language!r}; it has {', '.join(near)}, ...")
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Probabilities, 0 where the language is not among the five likeliest."""
@@ -145,4 +168,5 @@ class FasttextLanguage:
         return min(1.0, float(dict(zip(labels, probabilities, strict=True)).get(self._label, 0.0)))
 
 
+_LABEL = "__label__"
 _BUILT_IN: dict[str, Callable[..., Scorer]] = {"kenlm": KenlmPerplexity, "fasttext": FasttextLanguage}
