@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test fuzz check clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
@@ -26,6 +26,9 @@ demo: setup ## run the whole path on the built-in bilingual world
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest
+
+fuzz: setup ## look longer for texts on which the readers and the encoder are wrong
+	FUZZ=100 $(BIN)/python -m pytest tests/data/test_records.py tests/data/test_encoder_models.py
 
 check: setup ## lint, format, types, floors and walls
 	$(BIN)/ruff check .

@@ -20,6 +20,9 @@ REQUIRED = ("torch", "megatron-core", "numpy", "safetensors", "sentencepiece", "
 OPTIONAL = {
     "transformer-engine": "its fused Adam, instead of the plain torch one",
     "apex": "its fused Adam, where transformer-engine is not installed",
+    "ray": "data build and data clean on a cluster (--ray)",
+    "kenlm": "perplexity as a rule of data clean",
+    "fasttext-predict": "language identification as a rule of data clean",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from megatron_cpt.data.encoder import check_encoder, open_encoder
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.tokenizer.model_file import Piece, PieceType, read_model_file
+
+FUZZ = int(os.environ.get("FUZZ", "1"))  # `make fuzz` looks so many times longer, at other texts every time
 
 WORDS = """the rather other there's one's cannot Tokyo 12,345 3.14 e.g. <s> </s> <unk> <0x41> hello_world
  --- ... aaaa aaaaaaaaa ababab \u6771\u4eac \u6771\u4eac\u90fd \u65e5\u672c \u65e5\u672c\u8a9e\u306e \u3067\u3059\u3002
@@ -131,7 +134,7 @@ def test_ids_are_those_of_sentencepiece(name: str) -> None:
     assert (encoder.name, encoder.reason) == ("native", "")
     check_encoder(encoder, tokenizer, corpus()[:100])
 
-    @settings(max_examples=40, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=40 * FUZZ, derandomize=FUZZ == 1, deadline=None, database=None)
     @given(st.lists(TEXTS, min_size=10, max_size=10))
     def check(texts: list[str]) -> None:
         check_encoder(encoder, tokenizer, texts)

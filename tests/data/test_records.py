@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from itertools import product
 from typing import Any
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 from megatron_cpt.data import Document, is_held_out
 from megatron_cpt.data._native import Block, Sha256, parse_jsonl, parse_txt
+
+FUZZ = int(os.environ.get("FUZZ", "1"))  # `make fuzz` looks so many times longer
 
 characters = st.characters(codec="utf-8") | st.sampled_from('"\\/\b\f\n\r\t\0\x7f#\u2028\ufeff\U0001f600 ')
 texts = st.text(characters, max_size=200)
@@ -55,7 +58,7 @@ def parsed(line: bytes) -> str | None:
     return block.texts()[0] if len(block) else None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 * FUZZ, deadline=None)
 @given(st.lists(records, min_size=1, max_size=5), st.booleans(), st.sampled_from([None, 1]), st.sampled_from("\n\r"))
 def test_any_object_gives_its_text_and_id(
     objects: list[dict[str, Any]], ascii_only: bool, indent: int | None, end: str
@@ -71,7 +74,7 @@ def test_any_object_gives_its_text_and_id(
     assert block.document_bytes.tolist() == [len(o["text"].encode()) for o in objects]
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800 * FUZZ, deadline=None)
 @given(records, st.booleans(), st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 2), st.binary(max_size=3))))
 @example({"text": "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")}, True, [])
 def test_damaged_lines_are_refused_where_json_refuses_them(
@@ -148,7 +151,7 @@ def test_utf8_is_judged_as_python_does_at_every_offset() -> None:
             assert number == 2 and f"at byte {caught.start + 1} of the line" in reason and len(block) == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 * FUZZ, deadline=None)
 @given(st.lists(st.text(st.sampled_from("ab \t\r\n\x0b\x1c\x85\u3000\u2003\u200b\ufeff"), max_size=12), max_size=12))
 def test_text_files_are_cut_where_str_strip_leaves_nothing(pieces: list[str]) -> None:
     data = "\n".join(pieces)
@@ -188,7 +191,7 @@ def test_held_out_is_that_of_documents(fraction: float) -> None:
     assert block.held_out(fraction).tolist() == wanted
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 * FUZZ, deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=6))
 def test_sha256_can_be_put_down_and_taken_up(pieces: list[bytes]) -> None:
     mine, portable, theirs = Sha256(), Sha256(instructions=False), hashlib.sha256()
@@ -202,7 +205,7 @@ def test_sha256_can_be_put_down_and_taken_up(pieces: list[bytes]) -> None:
         Sha256.from_saved(mine.saved() + b"x")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 * FUZZ, deadline=None)
 @given(st.lists(st.tuples(records, st.booleans(), st.none() | texts), max_size=6), st.booleans())
 def test_written_lines_keep_all_but_the_changed_text(
     rows: list[tuple[dict[str, Any], bool, str | None]], ascii_only: bool
