@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,14 @@ from megatron_cpt.data.machines import Machines, open_machines
 from megatron_cpt.data.ordered import Progress, run_parts
 from megatron_cpt.data.parts import Notice, Parts, check_shard
 from megatron_cpt.errors import CptError, DataError
+from megatron_cpt.runtime.lock import lock_folder
 
 KIND = "cleaned corpus"
 MANIFEST = "manifest.json"
 _WORK = ".work"
+_REMOVED = ".work.removed"
+_FINISHED = Path("write", "finished")  # in _WORK, once nothing but the manifest is missing: an old one is gone by then
+_REPLACED = "replaced.json"  # in _WORK, the manifest of what is being removed
 _ENDINGS = (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 
 
@@ -101,10 +106,13 @@ def clean_files(
         check_shard(shard)
     job = Job(profile, text_field, on_error)
     scan = Parts(output / _WORK / "scan", "judged corpus", _options(job), inputs)
+    shutil.rmtree(output / _REMOVED, ignore_errors=True)
     _check_output(output, overwrite)
     _ = job.scorers  # loaded first: an error leaves nothing behind
-    with open_machines(ray, workers) as machines:
+    with open_machines(ray, workers) as machines, ExitStack() as held:
         scan.claim(replace=overwrite)
+        if shard is None:
+            held.enter_context(lock_folder(scan.folder, ".cleaning"))
         shared = [Path(model) for model in scan.options["models"]]
         walks = 1 if shard is not None else 2
         advance = None if on_progress is None else lambda done, total: on_progress(done, walks * total)
@@ -153,7 +161,7 @@ def _discard_untouched(scan: Parts, output: Path) -> None:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    if (output / MANIFEST).exists():
+    if (output / MANIFEST).exists() and not (output / _WORK / _FINISHED).exists():
         if not overwrite:
             raise DataError(f"{output} holds a finished cleaning; choose another folder, or ask to overwrite it")
         read_manifest(output / MANIFEST, KIND, DataError)
@@ -243,11 +251,12 @@ def _read(path: Path, dtype: Any) -> npt.NDArray[Any]:
 
 def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: Path) -> dict[str, Any]:
     work = output / _WORK
-    if (output / MANIFEST).exists():
-        old = read_manifest(output / MANIFEST, KIND, DataError)
-        (output / MANIFEST).unlink()
-        for name in old["outputs"]:
+    if (output / MANIFEST).exists() and not (work / _FINISHED).exists():
+        os.replace(output / MANIFEST, work / _REPLACED)
+    if (work / _REPLACED).exists():
+        for name in read_manifest(work / _REPLACED, KIND, DataError)["outputs"]:
             (output / name).unlink(missing_ok=True)
+        (work / _REPLACED).unlink()
     names, outputs, states = output_names(scan.inputs), {}, []
     for number, name in enumerate(names):
         judged, written = scan.read(number), write.read(number)
@@ -271,8 +280,10 @@ def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: 
     inputs = {str(path): scan.read(number).sha256 for number, path in enumerate(scan.inputs)}
     said = {"profile": job.profile.model_dump(mode="json"), "models": scan.options["models"]}
     said |= {"text_field": job.text_field, "on_error": job.on_error}
+    (work / _FINISHED).touch()
     write_manifest(output / MANIFEST, KIND, inputs, **said, outputs=outputs, totals=report["totals"])
-    shutil.rmtree(work)
+    os.replace(work, output / _REMOVED)
+    shutil.rmtree(output / _REMOVED, ignore_errors=True)
     return report
 
 
