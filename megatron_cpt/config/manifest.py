@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,35 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
 
 
+def temporary_path(path: str | os.PathLike[str]) -> Path:
+    """Where this process writes what will be renamed to `path`: a hidden name beside it, with host and process id.
+
+    Removes what processes that were killed on this host have left there under such names.
+    """
+    path = Path(path)
+    before = f".{path.name}.{os.uname().nodename}."
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        pid = other.name.removeprefix(before).removesuffix(".tmp")
+        if other.name == f"{before}{pid}.tmp" and re.fullmatch("[0-9]{1,9}", pid) and not _is_alive(int(pid)):
+            other.unlink(missing_ok=True)
+    return path.with_name(f"{before}{os.getpid()}.tmp")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()

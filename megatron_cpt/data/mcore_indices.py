@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.config.manifest import write_text_atomic
+from megatron_cpt.config.manifest import temporary_path, write_text_atomic
 from megatron_cpt.data import _native
 from megatron_cpt.data.indexed import HEADER, IndexedDataset, idx_path
 from megatron_cpt.errors import DataError
@@ -202,7 +202,7 @@ def _sequence_lengths(dataset: IndexedDataset) -> Int32s:
 
 
 def _write(path: Path, fill: Callable[[Any], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with open(temporary, "wb") as file:
         fill(file)
         file.flush()

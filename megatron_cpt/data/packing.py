@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.config.manifest import read_manifest, sha256_file, write_manifest
+from megatron_cpt.config.manifest import read_manifest, sha256_file, temporary_path, write_manifest
 from megatron_cpt.data import _native
 from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.errors import DataError
@@ -85,7 +85,7 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
     if not len(counts):
         raise DataError(f"{dataset.prefix} has no document of two tokens, so there is nothing to predict")
     path = _data_path(dataset, seq_length)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with open(temporary, "wb") as file:
         for array, dtype in ((firsts, "<i8"), (borders, "<i8"), (counts, "<i4")):
             file.write(np.ascontiguousarray(array, dtype).data)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_cpt.config.manifest import temporary_path
 from megatron_cpt.data.documents import read_documents
 from megatron_cpt.errors import DataError
 
@@ -214,7 +215,7 @@ def write_pairs(records: Iterable[dict[str, str]], output: Path) -> dict[str, An
     output.parent.mkdir(parents=True, exist_ok=True)
     directions: dict[str, int] = {}
     text_bytes = 0
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(output)
     try:
         with pyarrow.output_stream(str(temporary), compression=_COMPRESSION.get(output.suffix)) as stream:
             for record in records:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.config.manifest import read_manifest, sha256_file, write_manifest
+from megatron_cpt.config.manifest import read_manifest, sha256_file, temporary_path, write_manifest
 from megatron_cpt.data.indexed import (
     DTYPES,
     ENTRIES_AT_ONCE,
@@ -168,7 +168,7 @@ class IndexedDatasetWriter:
         )
 
     def _temporary(self, ending: str) -> Path:
-        return self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.{ending}.tmp")
+        return temporary_path(f"{self.prefix}.{ending}")
 
 
 def check_ids(tokens: Tokens, lengths: npt.NDArray[np.int32], vocab_size: int, first_document: int) -> None:

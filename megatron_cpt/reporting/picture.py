@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.config.manifest import temporary_path
+
 # Okabe and Ito's colours, told apart by every kind of colour vision; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -50,7 +52,7 @@ def bits_per_byte_picture(
     axes.spines[["top", "right"]].set_visible(False)
     _label_directly(axes, languages, lines, base)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     figure.savefig(temporary, format="png", metadata={"Software": None})
     os.replace(temporary, path)
 

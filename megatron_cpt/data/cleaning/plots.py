@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.config.manifest import temporary_path
+
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 KEPT_COLOUR, DROPPED_COLOUR, BOUND_COLOUR = "#0072B2", "#E69F00", "#D55E00"
 _COLUMNS = 3
@@ -77,7 +79,7 @@ def _draw(title: str, histograms: Mapping[str, Any], rules: Mapping[str, Any], p
     handles, labels = grid[0].get_legend_handles_labels()
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_path(path)
     figure.savefig(temporary, format="png", metadata={"Software": None})
     os.replace(temporary, path)
 

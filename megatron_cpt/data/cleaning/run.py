@@ -26,6 +26,7 @@ from megatron_cpt.config.manifest import (
     read_manifest,
     sha256_file,
     sha256_json,
+    temporary_path,
     write_json_atomic,
     write_manifest,
 )
@@ -304,7 +305,7 @@ def _write_faults(scan: Parts, path: Path) -> None:
     path.unlink(missing_ok=True)
     if not logs:
         return
-    temporary = path.with_suffix(".tmp")
+    temporary = temporary_path(path)
     with open(temporary, "wb") as file:
         for log in logs:
             with open(log, "rb") as part:
