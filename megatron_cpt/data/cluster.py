@@ -53,6 +53,8 @@ def open_cluster(address: str = "auto", workers: int | None = None) -> Iterator[
     Raises:
         ConfigError: ray is not installed, no cluster can be reached there, or a host has another version.
     """
+    # Read when ray is imported: attempts of 1 s (wrong token) to 40 s (no Ray behind the port), 20 if not set.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         import ray
     except ImportError as caught:
