@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::size_t kPadding = 16;     // readable bytes behind a text
 constexpr std::size_t kKeptBytes = std::size_t{1} << 23;  // of text, from block to block
+constexpr std::size_t kKeptSymbols = std::size_t{1} << 20;  // of a part, from part to part
 constexpr std::size_t kWordsAhead = 16;  // words whose places in the cache are asked for before the first is used
 
 bool is_letter(char byte) { return static_cast<unsigned char>((byte | 0x20) - 'a') < 26; }
@@ -184,11 +185,13 @@ class Run {
       const char* next = at;
       const Symbol right = tables_.character(utf8::decode(next));
       if (right == kNoSymbol || !tables_.joins(symbols.back(), right)) break;
+      if (symbols.size() == kKeptSymbols) symbols.reserve(kKeptSymbols + static_cast<std::size_t>(end - at));
       symbols.push_back(right);
       at = next;
     }
     scratch_.merger.merge(tables_, symbols);
     for (const Symbol symbol : symbols) write(symbol);
+    if (symbols.capacity() > kKeptSymbols) symbols = std::vector<Symbol>();
     return at;
   }
 
@@ -299,10 +302,7 @@ std::unique_ptr<BpeScratch> BpeEncoder::take_scratch() const {
 }
 
 void BpeEncoder::give_back(std::unique_ptr<BpeScratch> scratch) const {
-  if (scratch->text.capacity() > kKeptBytes) {
-    scratch->text = std::string();
-    scratch->symbols = std::vector<Symbol>();
-  }
+  if (scratch->text.capacity() > kKeptBytes) scratch->text = std::string();
   const std::lock_guard<std::mutex> lock(mutex_);
   idle_.push_back(std::move(scratch));
 }

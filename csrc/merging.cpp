@@ -1,8 +1,6 @@
 #include "merging.hpp"
 
 #include <algorithm>
-#include <functional>
-#include <limits>
 #include <stdexcept>
 
 namespace cpt {
@@ -13,6 +11,15 @@ constexpr std::size_t kKeptSymbols = std::size_t{1} << 20;
 
 std::uint32_t rank_of(const BpeTables& tables, Symbol pair) {
   return pair == kNoSymbol ? kNoSymbol : tables.rank(pair);
+}
+
+// A symbol of several characters stands at the place of the first; the second and the last say how many.
+constexpr Symbol kInside = Symbol{1} << 31;
+static_assert(MergeTable::kMaxSymbol < kInside);
+
+std::size_t behind(const std::vector<Symbol>& symbols, std::size_t at) {
+  const bool several = at + 1 < symbols.size() && (symbols[at + 1] & kInside);
+  return at + (several ? symbols[at + 1] & ~kInside : 1);
 }
 
 }  // namespace
@@ -69,49 +76,73 @@ std::size_t merge_short(const BpeTables& tables, Symbol* symbols, Symbol* pairs,
 
 void LongMerger::merge(const BpeTables& tables, std::vector<Symbol>& symbols) {
   start(tables, symbols);
-  const std::size_t count = symbols.size();
-  while (!heap_.empty()) {
-    const std::uint64_t top = heap_.front();
-    std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
-    heap_.pop_back();
-    const std::size_t left = top & 0xffffffffu;
-    if (rank_of(tables, pairs_[left]) != top >> 32) continue;
-    const std::size_t right = next_[left];
-    symbols[left] = pairs_[left];
-    pairs_[right] = kNoSymbol;
-    next_[left] = next_[right];
-    if (next_[left] < count) previous_[next_[left]] = static_cast<std::uint32_t>(left);
-    pair_up(tables, symbols, left);
-    if (left > 0) pair_up(tables, symbols, previous_[left]);
-  }
+  while (least_[1] != kNoSymbol) merge_at(tables, symbols, best());
   std::size_t kept = 0;
-  for (std::size_t k = 0; k < count; k = next_[k]) symbols[kept++] = symbols[k];
+  for (std::size_t k = 0; k < symbols.size();) {
+    const std::size_t next = behind(symbols, k);
+    symbols[kept++] = symbols[k];
+    k = next;
+  }
   symbols.resize(kept);
-  if (heap_.capacity() > kKeptSymbols) *this = LongMerger();
+  if (ranks_.capacity() > kKeptSymbols) *this = LongMerger();
 }
 
 void LongMerger::start(const BpeTables& tables, const std::vector<Symbol>& symbols) {
   const std::size_t count = symbols.size();
-  if (count >= std::numeric_limits<std::uint32_t>::max()) throw std::length_error("2^32 characters without a cut");
-  pairs_.assign(count, kNoSymbol);
-  next_.resize(count);
-  previous_.resize(count);
-  heap_.clear();
-  for (std::size_t k = 0; k < count; ++k) {
-    next_[k] = static_cast<std::uint32_t>(k + 1);
-    previous_[k] = static_cast<std::uint32_t>(k) - 1;
-    if (k + 1 == count) break;
-    pairs_[k] = tables.merged(symbols[k], symbols[k + 1]);
-    if (pairs_[k] != kNoSymbol) heap_.push_back((std::uint64_t{tables.rank(pairs_[k])} << 32) | k);
-  }
-  std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
+  if (count >= kInside) throw std::length_error("2^31 characters without a cut");
+  const std::size_t leaves = (count + kLeaf - 1) / kLeaf;
+  ranks_.assign(leaves * kLeaf, kNoSymbol);
+  for (std::size_t k = 0; k + 1 < count; ++k) ranks_[k] = rank_of(tables, tables.merged(symbols[k], symbols[k + 1]));
+  leaves_ = 1;
+  while (leaves_ < leaves) leaves_ *= 2;
+  least_.assign(2 * leaves_, kNoSymbol);
+  for (std::size_t k = 0; k < leaves; ++k) least_[leaves_ + k] = least_of_leaf(k);
+  for (std::size_t k = leaves_ - 1; k > 0; --k) least_[k] = std::min(least_[2 * k], least_[2 * k + 1]);
 }
 
-void LongMerger::pair_up(const BpeTables& tables, const std::vector<Symbol>& symbols, std::size_t left) {
-  pairs_[left] = next_[left] < symbols.size() ? tables.merged(symbols[left], symbols[next_[left]]) : kNoSymbol;
-  if (pairs_[left] == kNoSymbol) return;
-  heap_.push_back((std::uint64_t{tables.rank(pairs_[left])} << 32) | left);
-  std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
+// The leftmost place of the best pair.
+std::size_t LongMerger::best() const {
+  const std::uint32_t rank = least_[1];
+  std::size_t node = 1;
+  while (node < leaves_) node = 2 * node + (least_[2 * node] != rank);
+  std::size_t place = (node - leaves_) * kLeaf;
+  while (ranks_[place] != rank) ++place;
+  return place;
+}
+
+void LongMerger::merge_at(const BpeTables& tables, std::vector<Symbol>& symbols, std::size_t left) {
+  const std::size_t right = behind(symbols, left);
+  const std::size_t end = behind(symbols, right);
+  const Symbol merged = tables.merged(symbols[left], symbols[right]);
+  symbols[left] = merged;
+  symbols[left + 1] = symbols[end - 1] = kInside | static_cast<Symbol>(end - left);
+  ranks_[right] = kNoSymbol;
+  ranks_[left] = end < symbols.size() ? rank_of(tables, tables.merged(merged, symbols[end])) : kNoSymbol;
+  if (right / kLeaf != left / kLeaf) renew_leaf(right / kLeaf);
+  if (left > 0) {
+    const std::size_t before = left - ((symbols[left - 1] & kInside) ? symbols[left - 1] & ~kInside : 1);
+    ranks_[before] = rank_of(tables, tables.merged(symbols[before], merged));
+    if (before / kLeaf != left / kLeaf) renew_leaf(before / kLeaf);
+  }
+  renew_leaf(left / kLeaf);
+}
+
+std::uint32_t LongMerger::least_of_leaf(std::size_t leaf) const {
+  const std::uint32_t* const ranks = ranks_.data() + leaf * kLeaf;
+  std::uint32_t least = ranks[0];
+  for (std::size_t k = 1; k < kLeaf; ++k) least = std::min(least, ranks[k]);
+  return least;
+}
+
+void LongMerger::renew_leaf(std::size_t leaf) {
+  std::size_t node = leaves_ + leaf;
+  least_[node] = least_of_leaf(leaf);
+  while (node > 1) {
+    node /= 2;
+    const std::uint32_t least = std::min(least_[2 * node], least_[2 * node + 1]);
+    if (least_[node] == least) return;
+    least_[node] = least;
+  }
 }
 
 }  // namespace cpt

@@ -16,19 +16,25 @@ inline constexpr std::size_t kShortPart = 48;
 // used up. Returns how many symbols stay.
 std::size_t merge_short(const BpeTables& tables, Symbol* symbols, Symbol* pairs, std::size_t count);
 
-// The same for any number of symbols, in O(n log n). Keeps its memory for the next call, up to a bound.
+// The same for any number of symbols, in O(n log n) and less than 10 bytes a symbol, those of `symbols` included.
+// The best of all pairs stands at the root of a tree of minima; its leaves are stretches of kLeaf places.
 class LongMerger {
  public:
+  // Keeps its memory for the next call, up to a bound.
   void merge(const BpeTables& tables, std::vector<Symbol>& symbols);
 
  private:
-  void start(const BpeTables& tables, const std::vector<Symbol>& symbols);
-  void pair_up(const BpeTables& tables, const std::vector<Symbol>& symbols, std::size_t left);
+  static constexpr std::size_t kLeaf = 16;
 
-  std::vector<Symbol> pairs_;
-  std::vector<std::uint32_t> next_;
-  std::vector<std::uint32_t> previous_;
-  std::vector<std::uint64_t> heap_;  // rank and place; an entry whose pair has changed since is passed over
+  void start(const BpeTables& tables, const std::vector<Symbol>& symbols);
+  std::size_t best() const;
+  void merge_at(const BpeTables& tables, std::vector<Symbol>& symbols, std::size_t left);
+  std::uint32_t least_of_leaf(std::size_t leaf) const;
+  void renew_leaf(std::size_t leaf);
+
+  std::vector<std::uint32_t> ranks_;  // of the pair that begins at each place; kNoSymbol: none does
+  std::vector<std::uint32_t> least_;  // node 1 is the root, the leaves begin at leaves_
+  std::size_t leaves_ = 0;
 };
 
 }  // namespace cpt

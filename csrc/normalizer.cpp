@@ -78,6 +78,7 @@ void Normalizer::operator()(std::string_view text, std::string& normal) const {
     }
   }
   if (text.empty()) return;
+  normal.reserve(text.size() + 32);
   if (settings_.add_dummy_prefix && !settings_.whitespace_as_suffix) normal.push_back(' ');
   if (copies_) {
     normal.append(text);

@@ -18,7 +18,8 @@ from megatron_cpt.data._native import Block
 from megatron_cpt.errors import DataError
 
 CUT_BYTES = 1 << 20
-LONGEST_RECORD_BYTES = 64 << 20
+LONGEST_RECORD_BYTES = 32 << 20
+LONG_BYTES = 2 << 20  # larger blocks are held one at a time, from their reading to the writing of their results
 _MOST_READ_BYTES = 16 << 20  # at once, while the end of a long record is looked for
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt", ".parquet": "parquet"}
@@ -47,6 +48,9 @@ class BlockReader(Protocol):
 
     total_bytes: int
     """Bytes of the file as it is on disk."""
+
+    before_long: Callable[[], None] | None
+    """Called before a record that needs much memory is read on; it may wait. None, as at first: nothing is called."""
 
     def read(self) -> RawBlock | None:
         """The next block, or None at the end. Raises DataError where the file cannot be read on."""
@@ -189,6 +193,7 @@ class _TextReader:
         self._paragraphs = kind == "txt"
         self._carry = b""
         self._ended = False
+        self.before_long: Callable[[], None] | None = None
         self.total_bytes = path.stat().st_size
         self._plain = not compression
         self._offset, self._line = (0, 1) if start is None else (int(start["offset"]), int(start["line"]))
@@ -232,6 +237,8 @@ class _TextReader:
             self._carry = held
             if self._ended and not held:
                 return None
+            if self.before_long is not None and not border and len(held) >= LONG_BYTES:
+                self.before_long()
             if not border and len(held) > self._longest + CUT_BYTES:
                 return self._skip_record(held)
         line = self._line

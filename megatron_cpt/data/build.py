@@ -23,7 +23,7 @@ from megatron_cpt.data.assembly import assemble
 from megatron_cpt.data.blocks import open_blocks
 from megatron_cpt.data.counting import Counts, manifest_counts
 from megatron_cpt.data.documents import Document
-from megatron_cpt.data.encoder import Encoder, check_encoder, open_encoder
+from megatron_cpt.data.encoder import Encoder, check_block, open_encoder
 from megatron_cpt.data.indexed import dtype_for
 from megatron_cpt.data.machines import open_machines
 from megatron_cpt.data.ordered import Progress, run_parts
@@ -267,8 +267,6 @@ def build_dataset(
     digest, counts, done = hashlib.sha256(), Counts(), 0
     with IndexedDatasetWriter(prefix, loaded.vocab_size) as writer:
         for number, texts in enumerate(_batches(documents)):
-            if number & (number - 1) == 0:
-                check_encoder(encoder, loaded, texts[:1])
             for text in texts:
                 encoded = text.encode()
                 if encoded:
@@ -276,6 +274,7 @@ def build_dataset(
             block = _native.Block.from_texts(texts)
             result = encoder.encode(block)
             counts.add(result, block.text_bytes)
+            counts.checked_documents += check_block(encoder, loaded, block, "memory", number)
             writer.add_documents(result.tokens, result.lengths[result.lengths > 0])
             done += len(texts)
             if on_progress is not None:

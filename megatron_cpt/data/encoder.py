@@ -6,6 +6,7 @@ An encoder gives the ids the tokenizer's own library gives, or it is a defect: `
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ from megatron_cpt.tokenizer.loading import SentencePieceTokenizer
 
 _NONE = -1
 _SHOWN = 8  # ids shown on each side of a difference
+_CHECKED_EVERY = 64  # blocks
+_CHECKED_DOCUMENTS = 4  # of such a block
+_CHECKED_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,40 @@ def check_encoder(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) 
                 f"text {number} ({texts[number][:40]!r}): around token {at} the {encoder.name} encoder gives"
                 f" {ids[around]} and {tokenizer.path} {expected[around]}; this is a defect: report it with the text"
             )
+
+
+def check_block(encoder: Encoder, tokenizer: Tokenizer, block: _native.Block, source: str, number: int) -> int:
+    """Compare a sample of a block's documents, drawn by a fixed seed; most blocks are passed over.
+
+    Blocks 0, 1, 2, 4, 8, ... and every 64th give up to 4 documents of together at most 16 KiB of text, at least
+    one; of one that is longer, a stretch of 16 KiB.
+
+    Args:
+        encoder: opened for `tokenizer`.
+        tokenizer: the reference.
+        block: the documents.
+        source: what the block is of; with `number` it decides the draw.
+        number: the block's place in its source, from 0.
+
+    Returns:
+        How many documents were compared.
+
+    Raises:
+        VerificationError: the ids of a text differ.
+    """
+    if not len(block) or (number & (number - 1) and number % _CHECKED_EVERY):
+        return 0
+    draw = random.Random(f"{source}:{number}")
+    drawn = draw.sample(range(len(block)), min(_CHECKED_DOCUMENTS, len(block)))
+    sizes = block.document_bytes[drawn]
+    keep = np.zeros(len(block), bool)
+    keep[[k for k, end in zip(drawn, np.cumsum(sizes), strict=True) if end <= _CHECKED_BYTES] or drawn[:1]] = True
+    texts = block.select(keep).texts()
+    if len(texts) == 1 and sizes[0] > _CHECKED_BYTES:
+        start = draw.randrange(int(sizes[0]) - _CHECKED_BYTES)
+        texts = [texts[0].encode()[start : start + _CHECKED_BYTES].decode(errors="ignore")]
+    check_encoder(encoder, tokenizer, texts)
+    return len(texts)
 
 
 def _border(tokenizer: Tokenizer, name: str, id: int | None) -> int:

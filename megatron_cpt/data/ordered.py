@@ -11,9 +11,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_cpt.data.blocks import LONG_BYTES
 from megatron_cpt.data.parts import Notice, Part, Parts
 
 Progress = Callable[[int, int], None]
@@ -35,7 +37,13 @@ class RawItem(Protocol):
 
 
 class Reader(Protocol):
-    """What cuts one input into blocks; called by one thread at a time."""
+    """What cuts one input into blocks; called by one thread at a time.
+
+    Attributes:
+        before_long: set by `run_parts`; to be called before a block grows beyond LONG_BYTES. May wait.
+    """
+
+    before_long: Callable[[], None] | None
 
     @property
     def bytes_read(self) -> int:
@@ -118,6 +126,8 @@ class _Lane:
             self.open(job)
         assert self.reader is not None
         raw: RawItem | None = self.reader.read()
+        if raw is not None and raw.held_bytes > LONG_BYTES:
+            job.claim_long(self)
         return raw
 
     def open(self, job: _Job) -> None:
@@ -126,6 +136,7 @@ class _Lane:
         self.work = job.open_work(self.part)
         self.reader = job.open_reader(self.part.input, self.part.position)
         self.held.callback(self.reader.close)
+        self.reader.before_long = partial(job.claim_long, self)
 
     def write(self, raw: RawItem | None, result: Any) -> None:
         """Write the next result; `raw` without its bytes says where it ends."""
@@ -171,6 +182,7 @@ class _Job:
         self.lanes: list[_Lane] = []
         self.changed = threading.Condition()
         self.in_flight = 0
+        self.long: tuple[_Lane, int] | None = None  # the one long block
         self.most_in_flight = max(_LEAST_IN_FLIGHT, 2 * workers * _BLOCK_BYTES)
         self.failure: BaseException | None = None
 
@@ -222,6 +234,14 @@ class _Job:
                 self.changed.wait()
             return None
 
+    def claim_long(self, lane: _Lane) -> None:
+        """Wait until no long block is held, then hold one: the block that `lane` reads. Its earlier ones need none."""
+        mine = (lane, lane.next_read)
+        with self.changed:
+            while self.failure is None and self.long not in (None, mine):
+                self.changed.wait()
+            self.long = mine
+
     def take(self, lane: _Lane) -> tuple[int, _Place | None, Any]:
         """Read the next block and work on it; a failure is a result too, raised when its turn comes."""
         raw: RawItem | None = None
@@ -258,6 +278,8 @@ class _Job:
             else:
                 lane.write(place, result)
             with self.changed:
+                if self.long == (lane, lane.next_write):
+                    self.long = None
                 lane.next_write += 1
                 lane.writing = False
                 self.in_flight -= 0 if place is None else place.held_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class ParquetReader:
     def __init__(self, path: Path, text_field: str, start: Position | None, longest: int) -> None:
         self._path, self._text_field, self._longest = path, text_field, longest
         self._row = 0 if start is None else int(start["row"])
+        self.before_long: Callable[[], None] | None = None  # rows come as they are: nothing grows
         self.total_bytes = path.stat().st_size
         try:
             self._file = pyarrow.parquet.ParquetFile(path, buffer_size=CUT_BYTES, pre_buffer=False)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from typing import Any
 
 import numpy as np
 
 from megatron_cpt.data.blocks import stop_at_fault
 from megatron_cpt.data.counting import Counts
-from megatron_cpt.data.encoder import Encoded, Encoder, check_encoder
+from megatron_cpt.data.encoder import Encoded, Encoder, check_block
 from megatron_cpt.data.parts import Part
 from megatron_cpt.data.writing import check_ids
 from megatron_cpt.tokenizer import Tokenizer
@@ -27,8 +26,8 @@ class _Result:
 class TokenWork:
     """Encodes the blocks of a part into its files `tokens`, `lengths` (int32) and `faults` (lines of text).
 
-    Blocks 0, 1, 2, 4, 8, ... of every file prove the encoder: one document of each, drawn at random, is also
-    encoded by the reference library, and one different id stops the build.
+    Some documents of every file are also encoded by the reference library (`check_block`), and one different id
+    stops the build; `checked_documents` counts them.
 
     Args:
         part: the part, at its last commit.
@@ -56,11 +55,7 @@ class TokenWork:
             block = block.select(block.held_out(fraction) == (side == "held_out"))
         encoded = self.encoder.encode(block)
         check_ids(encoded.tokens, encoded.lengths, self.tokenizer.vocab_size, 0)
-        checked = 0
-        if len(block) and number & (number - 1) == 0:
-            chosen = random.Random(f"{self.part.number}:{number}").randrange(len(block))
-            check_encoder(self.encoder, self.tokenizer, block.select(np.arange(len(block)) == chosen).texts())
-            checked = 1
+        checked = check_block(self.encoder, self.tokenizer, block, str(self.part.number), number)
         return _Result(encoded, block.text_bytes, checked, faults)
 
     def write(self, result: _Result) -> None:

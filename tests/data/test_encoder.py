@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_cpt.data import Document, _native
-from megatron_cpt.data.encoder import check_encoder, open_encoder
+from megatron_cpt.data.encoder import check_block, check_encoder, open_encoder
 from megatron_cpt.errors import DataError, VerificationError
 from megatron_cpt.tokenizer import load_tokenizer
 
@@ -141,4 +142,27 @@ def test_a_changed_file_is_refused(tokenizer: Path, tmp_path: Path) -> None:
 def test_a_long_stretch_without_a_cut(tokenizer: Path) -> None:
     loaded = load_tokenizer(tokenizer)
     encoder = open_encoder(loaded, append_bos=False, append_eos=False, dtype=np.dtype(np.uint16))
-    check_encoder(encoder, loaded, ["river" * 30_000, "the" * 17 + "\u6d41\u308c\u3066" * 20_000])
+    letters = "".join(random.Random(1).choices("theriv", k=150_000))
+    check_encoder(encoder, loaded, ["river" * 30_000, "the" * 17 + "\u6d41\u308c\u3066" * 20_000, letters])
+
+
+def test_blocks_are_checked_by_a_fixed_draw(tokenizer: Path, documents: list[Document]) -> None:
+    loaded = load_tokenizer(tokenizer)
+    encoder = open_encoder(loaded, append_bos=False, append_eos=False, dtype=np.dtype(np.uint16))
+    seen: list[list[str]] = []
+    plain = loaded.encode_batch
+    loaded.encode_batch = lambda texts: (seen.append(list(texts)), plain(texts))[1]  # type: ignore[method-assign]
+    block = _native.Block.from_texts([document.text for document in documents])
+    counts = [check_block(encoder, loaded, block, "x", number) for number in range(130)]
+    assert {number: count for number, count in enumerate(counts) if count} == dict.fromkeys(
+        (0, 1, 2, 4, 8, 16, 32, 64, 128), 4
+    )
+    first = seen[:]
+    seen.clear()
+    assert [check_block(encoder, loaded, block, "x", number) for number in range(130)] == counts and seen == first
+    assert len({text for texts in seen for text in texts}) > 20
+    seen.clear()
+    long = "\u6d41\u308c the " * 100_000
+    assert check_block(encoder, loaded, _native.Block.from_texts([long, long]), "x", 64) == 1
+    assert len(seen) == 1 and 16_000 < len(seen[0][0].encode()) <= 16 << 10 and seen[0][0] in long
+    assert check_block(encoder, loaded, _native.Block.from_texts([]), "x", 0) == 0

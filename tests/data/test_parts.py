@@ -9,6 +9,7 @@ import os
 import resource
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Line:
 
 class Lines:
     """A reader whose blocks are lines."""
+
+    before_long: Callable[[], None] | None = None
 
     def __init__(self, path: Path, start: dict[str, Any] | None) -> None:
         self.path, self.file = path, path.open("rb")
@@ -294,3 +297,37 @@ def test_a_file_that_cannot_grow_is_named_and_the_work_goes_on_later(tmp_path: P
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert content(make(tmp_path / "job", inputs)) == expected(inputs)
+
+
+def test_there_is_one_long_block_at_a_time(tmp_path: Path) -> None:
+    held, most = 0, 0
+    lock = threading.Lock()
+
+    class LongLines(Lines):
+        def read(self) -> Line | None:
+            nonlocal held, most
+            if self.before_long is not None:
+                self.before_long()
+            line = super().read()
+            if line is None:
+                return None
+            line.held_bytes = 3 << 20
+            with lock:
+                held += 1
+                most = max(most, held)
+            return line
+
+    class Counted(Upper):
+        def write(self, result: str) -> None:
+            nonlocal held
+            super().write(result)
+            with lock:
+                held -= 1
+
+    inputs = tuple(tmp_path / f"in{k}.txt" for k in range(4))
+    for path in inputs:
+        path.write_text("slow\n" * 10)
+    parts = Parts(tmp_path / "job", "upper", {}, inputs)
+    parts.claim()
+    run_parts(parts, parts.pending(), LongLines, Counted, workers=4)
+    assert most == 1 and not parts.pending()
