@@ -13,6 +13,7 @@ cut begins with the token that was the last label: no prediction is lost at a cu
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from megatron_cpt.config.manifest import read_manifest, sha256_file, temporary_path, write_manifest
 from megatron_cpt.data import _native
 from megatron_cpt.data.indexed import IndexedDataset
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import DataError, VerificationError
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -57,6 +58,39 @@ class Pack:
         """First token and predictions of each piece of a bin, in the order of the stream."""
         pieces = slice(int(self._borders[number]), int(self._borders[number + 1]))
         return self._firsts[pieces], self._counts[pieces]
+
+    @property
+    def predictions(self) -> int:
+        """Predictions of all bins."""
+        return int(self._counts.sum(dtype=np.int64))
+
+    def difference(self, starts: Int64s, capacity: int) -> str:
+        """What keeps the bins from holding each prediction of a dataset once; "" where nothing does.
+
+        Args:
+            starts: first token of each document, and the number of tokens: [documents + 1].
+            capacity: predictions that a bin may hold.
+        """
+        counts, borders = self._counts.astype(np.int64), self._borders
+        if borders[0] != 0 or borders[-1] != len(counts) or (np.diff(borders) <= 0).any():
+            return "its bins are not borders among its pieces"
+        sums = np.add.reduceat(counts, borders[:-1])
+        if (counts < 1).any() or sums.max() > capacity:
+            return f"bin {int(sums.argmax())} holds {sums.max()} predictions, or a piece holds none"
+        order = np.argsort(self._firsts)
+        firsts, counts = self._firsts[order], counts[order]
+        if firsts[0] < 0 or firsts[-1] >= starts[-1]:
+            return "a piece begins outside of the dataset"
+        ends = firsts + counts
+        home = np.searchsorted(starts, firsts, "right")
+        outside = np.flatnonzero(ends > starts[home] - 1)
+        if len(outside):
+            return f"the piece at token {firsts[outside[0]]} goes beyond its document"
+        twice = np.flatnonzero(ends[:-1] > firsts[1:])
+        if len(twice):
+            return f"the prediction at token {firsts[twice[0] + 1]} is in two pieces"
+        expected = int(starts[-1]) - int((np.diff(starts) > 0).sum())
+        return "" if counts.sum() == expected else f"it holds {counts.sum()} predictions of {expected}"
 
 
 def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
@@ -132,6 +166,34 @@ def open_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
         raise DataError(f"{path} is of another dataset than {dataset.prefix} holds now; {advice}")
     manifest = read_manifest(path, _KIND, DataError)
     return Pack(_data_path(dataset, seq_length), int(manifest["pieces"]), int(manifest["bins"]))
+
+
+def packed_lengths(dataset: IndexedDataset) -> list[int]:
+    """The sequence lengths for which there is a pack beside the dataset, of whatever it then held."""
+    prefix = Path(dataset.prefix)
+    name = re.compile(re.escape(prefix.name) + r"\.pack-([1-9][0-9]*)\.manifest\.json")
+    found = (name.fullmatch(path.name) for path in prefix.parent.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def verify_pack(dataset: IndexedDataset, seq_length: int) -> None:
+    """Prove a pack: its hash, its counts, and that its bins hold every prediction of the dataset exactly once.
+
+    Memory: 40 bytes a piece.
+
+    Raises:
+        DataError: the pack is of another dataset, or not of the size its manifest says.
+        VerificationError: its content is not that of a pack of this dataset.
+    """
+    pack, path = open_pack(dataset, seq_length), _data_path(dataset, seq_length)
+    manifest = read_manifest(_manifest_path(dataset, seq_length), _KIND, DataError)
+    if sha256_file(path) != manifest["outputs"]["bin"]["sha256"]:
+        raise VerificationError(f"{path} was changed after it was made (its SHA-256 differs); remove it, pack again")
+    wrong = pack.difference(dataset.document_starts, seq_length)
+    if not wrong and manifest["predictions"] != (predictions := pack.predictions):
+        wrong = f"{predictions} predictions, its manifest says {manifest['predictions']}"
+    if wrong:
+        raise VerificationError(f"{path} is no pack of {dataset.prefix}: {wrong}; remove it, pack again")
 
 
 def _identity(dataset: IndexedDataset) -> dict[str, str]:

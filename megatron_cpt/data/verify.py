@@ -12,6 +12,7 @@ from megatron_cpt.data.blocks import open_blocks
 from megatron_cpt.data.encoder import open_encoder
 from megatron_cpt.data.indexed import IndexedDataset, dtype_for
 from megatron_cpt.data.ordered import Progress
+from megatron_cpt.data.packing import packed_lengths, verify_pack
 from megatron_cpt.errors import DataError, VerificationError
 from megatron_cpt.tokenizer import load_tokenizer
 
@@ -21,14 +22,16 @@ _TOKENS_AT_ONCE = 1 << 22
 def verify_dataset(prefix: str | Path, inputs: bool = False, on_progress: Progress | None = None) -> dict[str, Any]:
     """Prove that a dataset is what its manifest says: hashes, counts, every token id, bos and eos of every document.
 
+    So are the packs beside it (`packing.verify_pack`).
+
     Args:
         prefix: path of the dataset without an ending.
         inputs: also hash the corpus files and the tokenizer that the manifest names, where they were.
         on_progress: called with (tokens checked, tokens in all).
 
     Returns:
-        `prefix`, `documents`, `tokens`, `largest_id`, `distinct_ids`, the hashes of the files, and
-        `inputs_checked`, how many inputs were hashed.
+        `prefix`, `documents`, `tokens`, `largest_id`, `distinct_ids`, the hashes of the files,
+        `packs_checked`, the sequence lengths of its packs, and `inputs_checked`, how many inputs were hashed.
 
     Raises:
         DataError: the files do not fit each other in size or form, or an input is missing.
@@ -52,6 +55,9 @@ def verify_dataset(prefix: str | Path, inputs: bool = False, on_progress: Progre
     _check_borders(dataset)
     _check_counts(dataset)
     used = np.flatnonzero(seen)
+    packed = packed_lengths(dataset)
+    for seq_length in packed:
+        verify_pack(dataset, seq_length)
     return {
         "prefix": str(prefix),
         "documents": dataset.num_documents,
@@ -59,6 +65,7 @@ def verify_dataset(prefix: str | Path, inputs: bool = False, on_progress: Progre
         "largest_id": int(used[-1]),
         "distinct_ids": len(used),
         **{f"{ending}_sha256": value for ending, value in hashes.items()},
+        "packs_checked": packed,
         "inputs_checked": _check_inputs(dataset) if inputs else 0,
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.cli.main import main
-from megatron_cpt.data import IndexedDataset, _native, open_windows, pack_dataset
-from megatron_cpt.errors import DataError
+from megatron_cpt.data import (
+    Document,
+    IndexedDataset,
+    _native,
+    build_dataset,
+    open_windows,
+    pack_dataset,
+    verify_dataset,
+)
+from megatron_cpt.errors import DataError, VerificationError
 from tests.data.test_windows import laid_out, same, write_dataset
 
 
@@ -126,6 +136,81 @@ def test_missing_and_damaged_packs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the pack is damaged, make it again"):
         for number in range(len(windows)):
             windows.window(number)
+
+
+@pytest.fixture
+def packed(documents: list[Document], tokenizer: Path, tmp_path: Path) -> Path:
+    """Prefix of a dataset with packs for 16 and 300."""
+    build_dataset(documents, tokenizer, tmp_path / "x", "xx")
+    for seq_length in (16, 300):
+        pack_dataset(IndexedDataset(tmp_path / "x"), seq_length)
+    (tmp_path / "xx.pack-8.manifest.json").write_text("of another prefix")
+    return tmp_path / "x"
+
+
+def changed_pack(prefix: Path, change: Callable[[np.ndarray, np.ndarray, np.ndarray], object]) -> None:
+    """Change firsts, borders or counts of the pack for 16, with a manifest that agrees."""
+    path, facts = Path(f"{prefix}.pack-16.bin"), Path(f"{prefix}.pack-16.manifest.json")
+    manifest, data = json.loads(facts.read_text()), bytearray(path.read_bytes())
+    pieces, bins = manifest["pieces"], manifest["bins"]
+    firsts, borders = np.frombuffer(data, "<i8", pieces), np.frombuffer(data, "<i8", bins + 1, 8 * pieces)
+    change(firsts, borders, np.frombuffer(data, "<i4", pieces, 8 * (pieces + bins + 1)))
+    path.write_bytes(data)
+    manifest["outputs"]["bin"]["sha256"] = hashlib.sha256(data).hexdigest()
+    facts.write_text(json.dumps(manifest))
+
+
+def first_shared(borders: np.ndarray) -> int:
+    """The first bin of several pieces; full ones come before it."""
+    return int(np.flatnonzero(np.diff(borders) > 1)[0])
+
+
+def test_verifying_a_dataset_proves_its_packs(packed: Path) -> None:
+    assert verify_dataset(packed)["packs_checked"] == [16, 300]
+    path = Path(f"{packed}.pack-300.bin")
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(VerificationError, match=r"pack-300.bin was changed after it was made"):
+        verify_dataset(packed)
+    path.write_bytes(whole[:-4])
+    with pytest.raises(DataError, match="missing or not of"):
+        verify_dataset(packed)
+    path.write_bytes(whole)
+    facts = Path(f"{packed}.pack-300.manifest.json")
+    facts.write_text(facts.read_text().replace('"predictions": ', '"predictions": 1'))
+    with pytest.raises(VerificationError, match="predictions, its manifest says 1"):
+        verify_dataset(packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda firsts, borders, counts: firsts.put(3, 10**9), "begins outside of the dataset"),
+        (lambda firsts, borders, counts: firsts.put(3, -1), "begins outside of the dataset"),
+        (lambda firsts, borders, counts: firsts.put(3, firsts[4]), "is in two pieces|goes beyond its document"),
+        (lambda firsts, borders, counts: counts.put(counts.argmin(), counts.min() + 1), "beyond its document|holds 17"),
+        (lambda firsts, borders, counts: counts.put(0, 0), "a piece holds none"),
+        (lambda firsts, borders, counts: counts.put(counts.argmax(), 15), "it holds [0-9]+ predictions of"),
+        (lambda firsts, borders, counts: borders.put(1, 0), "not borders among its pieces"),
+        (lambda firsts, borders, counts: borders.put(-1, borders[-1] + 1), "not borders among its pieces"),
+        (
+            lambda firsts, borders, counts: borders.put(first_shared(borders), borders[first_shared(borders)] + 1),
+            "holds [0-9]+ predictions, or",
+        ),
+    ],
+)
+def test_a_pack_that_is_none_is_found(packed: Path, change: Callable[..., object], message: str) -> None:
+    changed_pack(packed, lambda *arrays: None)
+    verify_dataset(packed)
+    changed_pack(packed, change)
+    with pytest.raises(VerificationError, match=rf"pack-16.bin is no pack of .*({message})"):
+        verify_dataset(packed)
+
+
+def test_a_pack_of_what_the_dataset_held_before_is_found(packed: Path, tokenizer: Path) -> None:
+    build_dataset([Document("another text", "xx", "memory")], tokenizer, packed, "xx", overwrite=True)
+    with pytest.raises(DataError, match="is of another dataset"):
+        verify_dataset(packed)
 
 
 def test_nothing_to_predict_and_impossible_lengths(tmp_path: Path) -> None:

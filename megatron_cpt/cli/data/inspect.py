@@ -74,7 +74,7 @@ def verify(
     inputs: Annotated[bool, typer.Option("--inputs", help="Also hash the files it was built from.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove that a dataset is whole: sizes, hashes, counts, every token id, bos and eos of every document."""
+    """Prove that a dataset is whole: sizes, hashes, counts, every token id, bos and eos of every document, packs."""
     from megatron_cpt.data import verify_dataset
 
     with progress(f"Verifying {prefix}") as advance:
