@@ -48,7 +48,7 @@ def assemble(
         mine = _counts_of(part, on_error)
         sources.append(
             {
-                "path": str(part.input),
+                "path": os.path.abspath(part.input),
                 "bytes": part.input_bytes,
                 "sha256": part.sha256,
                 "first_document": counts.documents,
@@ -65,7 +65,7 @@ def assemble(
         files["faults.txt"] = _joined(made, parts.folder, "faults")
     else:
         Path(f"{prefix}.faults.txt").unlink(missing_ok=True)  # of a dataset that is replaced
-    hashes = {**{str(part.input): part.sha256 for part in made}, **inputs}
+    hashes = {**{os.path.abspath(part.input): part.sha256 for part in made}, **inputs}
     return complete_dataset(
         prefix, files, hashes, vocab_size=vocab_size, **manifest_counts(counts), **fields, sources=sources
     )

@@ -271,6 +271,16 @@ def test_verify_finds_changed_inputs_and_counts(corpus: list[Path], tokenizer: P
         verify_dataset(tmp_path / "x", inputs=True)
 
 
+def test_inputs_are_found_from_another_folder(
+    corpus: list[Path], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(corpus[0].parent)
+    build_files([path.name for path in corpus], tokenizer, tmp_path / "x", "xx")
+    monkeypatch.chdir(tmp_path)
+    assert verify_dataset(tmp_path / "x", inputs=True)["inputs_checked"] == len(corpus) + 1
+    assert trace_document(IndexedDataset(tmp_path / "x"), 3)["path"] == str(corpus[0])
+
+
 def test_records_without_a_cut_take_little_memory_and_one_at_a_time(tokenizer: Path, tmp_path: Path) -> None:
     """Four threads over four files, by the operating system's account of a process of its own."""
     draw = random.Random(5)
