@@ -16,7 +16,7 @@ from megatron_cpt.config.manifest import temporary_path
 KEPT_COLOUR, DROPPED_COLOUR, BOUND_COLOUR = "#0072B2", "#E69F00", "#D55E00"
 _COLUMNS = 3
 _FAMILIES = {
-    "sizes": "How long documents, sentences and words are",
+    "sizes": "How long texts are",
     "characters": "What the text is made of",
     "shape": "How lines and words look",
     "repetition": "How often the text repeats itself",
@@ -50,15 +50,22 @@ def draw_plots(histograms: Mapping[str, Any], rules: Mapping[str, Any], folder: 
     """
     shutil.rmtree(folder, ignore_errors=True)
     families: dict[str, list[str]] = {name: [] for name in _FAMILIES}
-    for metric in histograms:
-        families[family_of(metric)].append(metric)
+    for metric, histogram in histograms.items():
+        if _tells_something(histogram, [rule for rule in rules.values() if rule["metric"] == metric]):
+            families[family_of(metric)].append(metric)
     names = []
     for family, metrics in families.items():
-        if metrics and any(sum(histograms[metrics[0]][side]) for side in ("kept", "dropped")):
+        if metrics:
             folder.mkdir(parents=True, exist_ok=True)
             names.append(f"{family}.png")
             _draw(_FAMILIES[family], {metric: histograms[metric] for metric in metrics}, rules, folder / names[-1])
     return names
+
+
+def _tells_something(histogram: Mapping[str, Any], rules: list[Mapping[str, Any]]) -> bool:
+    """Whether a document breaks a rule, or the figure is not (nearly) the same for all."""
+    used = sum(kept + dropped > 0 for kept, dropped in zip(histogram["kept"], histogram["dropped"], strict=True))
+    return used > 1 or (used > 0 and any(rule["broken"] for rule in rules))
 
 
 def _draw(title: str, histograms: Mapping[str, Any], rules: Mapping[str, Any], path: Path) -> None:
@@ -75,7 +82,7 @@ def _draw(title: str, histograms: Mapping[str, Any], rules: Mapping[str, Any], p
     for axes, (metric, histogram) in zip(grid, histograms.items(), strict=False):
         _draw_metric(axes, metric, histogram, [rule for rule in rules.values() if rule["metric"] == metric])
     for row in range(rows):
-        grid[row * columns].set_ylabel("documents")
+        grid[row * columns].set_ylabel("documents (logarithmic)")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
@@ -90,6 +97,7 @@ def _draw_metric(axes: Any, metric: str, histogram: Mapping[str, Any], rules: li
     if scale == "size":
         edges[0] = 10**-0.1  # what is below 1 has the first bin
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
         axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     used = np.flatnonzero(kept + dropped)
     bounds = [rule[side] for rule in rules for side in ("at_least", "at_most") if rule[side] is not None]
@@ -102,6 +110,8 @@ def _draw_metric(axes: Any, metric: str, histogram: Mapping[str, Any], rules: li
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
     axes.set_ylim(0, max(kept + dropped) * 2)
     axes.set_xlim(left, right)
+    if scale == "size" and right < 30 * left:  # powers of ten alone would be one or two marks
+        axes.set_xticks([mark for mark in _marks() if left <= mark <= right])
     for rule in rules:
         for side, end in (("at_least", left), ("at_most", right)):
             if rule[side] is not None:
@@ -111,6 +121,10 @@ def _draw_metric(axes: Any, metric: str, histogram: Mapping[str, Any], rules: li
     axes.set_title(f"{metric}  ({broken:,} break it)", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
+
+
+def _marks() -> list[float]:
+    return [digit * 10**power for power in range(-1, 8) for digit in (1, 2, 5)]
 
 
 def _short(value: float) -> str:

@@ -106,6 +106,7 @@ def _lines(report: Report, plots: Sequence[str]) -> Iterable[str]:
         f"{_percent(totals['kept_bytes'], totals['bytes'])} of the text)."
     )
     yield ""
+    yield from _reasons(report)
     yield from _balance(report)
     yield from _rules(report)
     yield from _distributions(plots)
@@ -117,6 +118,21 @@ def _lines(report: Report, plots: Sequence[str]) -> Iterable[str]:
     for title, key in (("Sources of the rules", "sources"), ("Where they differ from their sources", "deviations")):
         if profile[key]:
             yield from (f"## {title}", "", *(f"- {line}" for line in profile[key]), "")
+
+
+def _reasons(report: Report) -> Iterable[str]:
+    """What dropped most, in a sentence."""
+    total = report["totals"]["documents"]
+    counts = [(rule["documents"], name, rule["reason"]) for name, rule in report["rules"].items()]
+    counts += [
+        (report["duplicates"][kind]["documents"], f"{kind} duplicates", "an earlier document stays")
+        for kind in ("exact", "near")
+    ]
+    most = sorted((count for count in counts if count[0]), key=lambda count: -count[0])[:3]
+    if most:
+        said = [f"**{name}** {_percent(count, total)} ({reason})" for count, name, reason in most]
+        yield f"What dropped most: {'; '.join(said)}."
+        yield ""
 
 
 def _balance(report: Report) -> Iterable[str]:
@@ -148,8 +164,13 @@ def _rules(report: Report) -> Iterable[str]:
     yield from ("## Rules", "")
     yield "A document is dropped by the first rule it breaks; *breaking* counts all that break the rule."
     yield ""
-    at_work = {name: rule for name, rule in report["rules"].items() if rule["broken"]}
-    idle = [name for name in report["rules"] if name not in at_work]
+    at_work = {name: rule for name, rule in report["rules"].items() if rule["documents"]}
+    late = [
+        f"{name} ({rule['broken']:,})"
+        for name, rule in report["rules"].items()
+        if rule["broken"] and not rule["documents"]
+    ]
+    idle = [name for name, rule in report["rules"].items() if not rule["broken"]]
     rows = [
         (
             name,
@@ -163,6 +184,9 @@ def _rules(report: Report) -> Iterable[str]:
         for name, rule in at_work.items()
     ]
     yield from _table(("rule", "a document stays if", "dropped", "share", "text", "breaking", "against"), rows)
+    if late:
+        yield f"Broken only by documents that an earlier rule had dropped: {', '.join(late)}."
+        yield ""
     if idle:
         yield f"Broken by no document: {', '.join(idle)}."
         yield ""
@@ -200,8 +224,7 @@ def _duplicates(report: Report) -> Iterable[str]:
     yield (
         f"Of the {search['documents']:,} documents that the rules keep, {search['exact_duplicates']:,} repeat an "
         f"earlier one exactly and {search['near_duplicates']:,} nearly (shingles of {search['shingle_characters']} "
-        f"characters, estimated Jaccard index at least {search['threshold']:g}). The largest of "
-        f"{search['clusters']:,} clusters has {search['largest_cluster']:,} documents. A pair of index "
+        f"characters, estimated Jaccard index at least {search['threshold']:g}). {_largest(search)}A pair of index "
         + ", ".join(f"{index} is found with chance {chance:.3f}" for index, chance in _chances(search))
         + "."
     )
@@ -210,6 +233,11 @@ def _duplicates(report: Report) -> Iterable[str]:
         for sample in report["duplicates"][kind]["samples"]:
             yield f"- {kind}, {_place(sample)} repeats {Path(sample['original']).name}: {_quoted(sample['text'])}"
     yield ""
+
+
+def _largest(search: Report) -> str:
+    clusters, largest = search["clusters"], search["largest_cluster"]
+    return f"The largest of {clusters:,} clusters has {largest:,} documents. " if clusters else ""
 
 
 def _chances(search: Report) -> list[tuple[str, float]]:

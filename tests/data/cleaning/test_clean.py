@@ -370,3 +370,28 @@ def test_the_command(corpus: list[Path], tmp_path: Path, capsys: pytest.CaptureF
 def test_profiles_are_found_by_name_only_where_they_are() -> None:
     with pytest.raises(ConfigError, match="neither a profile nor a file"):
         load_profile("quickstart")
+
+
+def test_the_report_begins_with_what_dropped_most(corpus: list[Path], profile: Profile, tmp_path: Path) -> None:
+    report = clean_files(corpus, tmp_path / "out", profile)
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    dropped = {name: rule["documents"] for name, rule in report["rules"].items()}
+    dropped |= {f"{kind} duplicates": report["duplicates"][kind]["documents"] for kind in ("exact", "near")}
+    said = next(line for line in text.splitlines() if line.startswith("What dropped most: "))
+    assert sorted(dropped, key=lambda name: -dropped[name])[:3] == said.split("**")[1::2]
+    assert text.index(said) < text.index("| read |")
+
+
+def test_rules_that_came_too_late_and_figures_that_tell_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(["short", "a text of some length", "another of such a length"]))
+    (tmp_path / "profile.yaml").write_text(
+        "about: all\nrules:\n"
+        "  short: {metric: characters, at_least: 10, reason: fragments}\n"
+        "  few: {metric: words, at_least: 2, reason: fragments}\n"
+        "  broken: {metric: control_share, at_most: 0.1, reason: damage}\n"
+    )
+    clean_files([tmp_path / "a.txt"], tmp_path / "out", load_profile(tmp_path / "profile.yaml").config)
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "Broken only by documents that an earlier rule had dropped: few (1)." in text
+    assert "Broken by no document: broken." in text and "| few |" not in text
+    assert [path.name for path in (tmp_path / "out" / "plots").iterdir()] == ["sizes.png"], "control_share is 0 for all"
