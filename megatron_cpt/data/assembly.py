@@ -14,6 +14,7 @@ import numpy.typing as npt
 from megatron_cpt.data.counting import Counts, manifest_counts
 from megatron_cpt.data.indexed import dtype_for
 from megatron_cpt.data.parts import Part, Parts
+from megatron_cpt.data.tokens import counts_of, tokens_sha256
 from megatron_cpt.data.writing import complete_dataset, write_index
 from megatron_cpt.errors import DataError
 
@@ -65,16 +66,18 @@ def assemble(
         files["faults.txt"] = _joined(made, parts.folder, "faults")
     else:
         Path(f"{prefix}.faults.txt").unlink(missing_ok=True)  # of a dataset that is replaced
+    full = [part for part in made if part.size("tokens")]
+    known = {"bin": tokens_sha256(full[0].state)} if len(full) == 1 else {}
     hashes = {**{os.path.abspath(part.input): part.sha256 for part in made}, **inputs}
     return complete_dataset(
-        prefix, files, hashes, vocab_size=vocab_size, **manifest_counts(counts), **fields, sources=sources
+        prefix, files, hashes, known, vocab_size=vocab_size, **manifest_counts(counts), **fields, sources=sources
     )
 
 
 def _counts_of(part: Part, on_error: str) -> Counts:
     if not part.is_done():
         raise DataError(f"{part.input} is not done; run the command without a shard to do what is missing")
-    counts = Counts(**part.state)
+    counts = counts_of(part.state)
     if counts.faults and on_error == "stop":
         raise DataError(
             f"{part.input}: {sum(counts.faults.values())} records were skipped when this part was made, and now faults "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data import _native
 from megatron_cpt.data.blocks import stop_at_fault
 from megatron_cpt.data.counting import Counts
 from megatron_cpt.data.encoder import Encoded, Encoder, check_block
@@ -42,7 +45,7 @@ class TokenWork:
     ) -> None:
         self.part, self.encoder, self.tokenizer = part, encoder, tokenizer
         self.held_out, self.on_error = held_out, on_error
-        self.counts = Counts(**part.state)
+        self.counts, self._hash = _restored(part.state)
 
     def process(self, raw: Any, number: int) -> _Result:
         """Documents of a block to tokens."""
@@ -61,7 +64,9 @@ class TokenWork:
     def write(self, result: _Result) -> None:
         """Append a block's tokens, lengths and faults, and count them."""
         encoded = result.encoded
-        self.part.write("tokens", np.ascontiguousarray(encoded.tokens).data)
+        tokens = np.ascontiguousarray(encoded.tokens).view(np.uint8).data
+        self.part.write("tokens", tokens)
+        self._hash.update(tokens)  # here, beside the encoding of other threads, and not alone at the end
         lengths = encoded.lengths
         self.part.write("lengths", np.ascontiguousarray(lengths[lengths > 0], "<i4").data)
         self.counts.add(encoded, result.text_bytes)
@@ -72,5 +77,22 @@ class TokenWork:
             self.part.write("faults", lines.encode())
 
     def state(self) -> dict[str, Any]:
-        """The counts, as JSON."""
-        return dataclasses.asdict(self.counts)
+        """The counts and the state of the tokens' hash, as JSON."""
+        saved = base64.b64encode(self._hash.saved()).decode()
+        return {"counts": dataclasses.asdict(self.counts), "tokens_sha256": saved}
+
+
+def counts_of(state: Mapping[str, Any]) -> Counts:
+    """What `TokenWork.state` has counted."""
+    return _restored(state)[0]
+
+
+def tokens_sha256(state: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of the part's file of tokens, up to that state."""
+    return _restored(state)[1].digest().hex()
+
+
+def _restored(state: Mapping[str, Any]) -> tuple[Counts, _native.Sha256]:
+    if not state:
+        return Counts(), _native.Sha256()
+    return Counts(**state["counts"]), _native.Sha256.from_saved(base64.b64decode(state["tokens_sha256"]))

@@ -65,7 +65,7 @@ def write_index(
 
 
 def complete_dataset(
-    prefix: Path, files: Mapping[str, Path], inputs: Mapping[str, str], **fields: Any
+    prefix: Path, files: Mapping[str, Path], inputs: Mapping[str, str], known: Mapping[str, str], **fields: Any
 ) -> dict[str, Any]:
     """Move finished files to their names and write the manifest, last; returns it.
 
@@ -75,9 +75,13 @@ def complete_dataset(
         prefix: path of the dataset without an ending.
         files: ending -> finished file on the same file system, on disk already.
         inputs: name -> SHA-256 of what it was made from.
+        known: ending -> SHA-256 of files that were hashed while they were written.
         fields: further entries of the manifest.
     """
-    outputs = {ending: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for ending, path in files.items()}
+    outputs = {
+        ending: {"bytes": path.stat().st_size, "sha256": known.get(ending) or sha256_file(path)}
+        for ending, path in files.items()
+    }
     manifest_path(prefix).unlink(missing_ok=True)
     for ending, path in files.items():
         os.replace(path, f"{prefix}.{ending}")
@@ -161,6 +165,7 @@ class IndexedDatasetWriter:
             self.prefix,
             {ending: self._temporary(ending) for ending in ("bin", "idx")},
             inputs,
+            {},
             vocab_size=self.vocab_size,
             documents=len(self.lengths),
             tokens=self.num_tokens,
