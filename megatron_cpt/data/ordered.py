@@ -81,7 +81,7 @@ def run_parts(
     on_progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> None:
-    """Bring the parts `numbers` to their end, from wherever their journals say.
+    """Bring the parts `numbers` to their end, from wherever their journals say; one that is done stays as it is.
 
     The files of a part do not depend on `workers`, nor on how often the work was stopped and continued.
 
@@ -124,7 +124,8 @@ class _Lane:
     def read(self, job: _Job) -> RawItem | None:
         if self.reader is None:
             self.open(job)
-        assert self.reader is not None
+        if self.reader is None:  # done by another process since
+            return None
         raw: RawItem | None = self.reader.read()
         if raw is not None and raw.held_bytes > LONG_BYTES:
             job.claim_long(self)
@@ -133,6 +134,8 @@ class _Lane:
     def open(self, job: _Job) -> None:
         self.part = self.held.enter_context(job.parts.open(self.number, job.notice))
         self.next_read = self.next_write = self.part.blocks
+        if self.part.is_done():  # only known under the part's lock: another process may have just ended it
+            return
         self.work = job.open_work(self.part)
         self.reader = job.open_reader(self.part.input, self.part.position)
         self.held.callback(self.reader.close)
@@ -150,9 +153,9 @@ class _Lane:
             self.since_commit = 0
 
     def finish(self) -> None:
-        assert self.reader is not None
-        state = self.work.state()
-        self.part.commit(None, self.next_write, state, done=True, sha256=self.reader.sha256())
+        if self.reader is not None:
+            state = self.work.state()
+            self.part.commit(None, self.next_write, state, done=True, sha256=self.reader.sha256())
         self.held.close()
 
 

@@ -196,6 +196,20 @@ def test_shards_take_every_part_once(tmp_path: Path) -> None:
             check_shard(shard)
 
 
+def test_a_part_that_became_done_after_it_was_asked_for_stays_as_it_is(tmp_path: Path) -> None:
+    inputs = corpus(tmp_path)
+    parts = Parts(tmp_path / "job", "capitals", {}, inputs)
+    parts.claim()
+    numbers = parts.pending()
+    run_parts(parts, [1], Lines, Upper)  # another process
+    journal = parts.read(1).journal_path.read_bytes()
+    seen: list[tuple[int, int]] = []
+    run_parts(parts, numbers, Lines, Upper, 2, on_progress=lambda *at: seen.append(at))
+    assert content(parts) == expected(inputs)
+    assert parts.read(1).journal_path.read_bytes() == journal and parts.read(1).state == {"count": 40}
+    assert seen[-1][0] == seen[-1][1] == sum(path.stat().st_size for path in inputs)
+
+
 def test_a_changed_input_is_done_again_and_this_is_said(tmp_path: Path) -> None:
     inputs = corpus(tmp_path)
     parts = make(tmp_path / "job", inputs)
