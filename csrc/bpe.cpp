@@ -42,12 +42,14 @@ class Run {
   void encode(const char* at, const char* end) {
     while (at < end) {
       const char* const start = at;
-      if (static_cast<unsigned char>(*at) < 0x80 && (at = ascii_part(start, end)) != nullptr) {
+      if (static_cast<unsigned char>(*at) < 0x80 && ascii_part(at, end)) {
         queue(start, static_cast<std::size_t>(at - start));
-      } else {
-        flush();
-        at = part(start, end);
+        continue;
       }
+      flush();
+      const char* const seen = at;  // `start`, or where a part of ASCII turned out to go on with more
+      at = part(start, end);
+      while (at < seen) at = part(at, end);  // all of it, so that no byte is looked through twice
     }
     flush();
   }
@@ -85,16 +87,20 @@ class Run {
     if (size_ + more > out_.tokens.size()) out_.tokens.resize((size_ + more) * 3 / 2 + 1024);
   }
 
-  // End of the part that begins at `at`, or null where it holds more than ASCII. Letters are never cut
-  // from letters nor from a space before them: a cut is a right, not a duty.
-  const char* ascii_part(const char* at, const char* end) const {
+  // Moves `at` from the begin of a part to its end; where it holds more than ASCII, to the first such character
+  // and returns false. Letters are never cut from letters nor from a space before them: a cut is a right, not
+  // a duty.
+  bool ascii_part(const char*& at, const char* end) const {
     ++at;
     while (true) {
       if (at[-1] == ' ' || is_letter(at[-1])) at += letters(at);
-      if (at >= end) return end;
+      if (at >= end) {
+        at = end;
+        return true;
+      }
       const auto next = static_cast<unsigned char>(*at);
-      if (next >= 0x80) return joins_behind(static_cast<unsigned char>(at[-1]), at) ? nullptr : at;
-      if (!tables_.ascii_joins(static_cast<unsigned char>(at[-1]), next)) return at;
+      if (next >= 0x80) return !joins_behind(static_cast<unsigned char>(at[-1]), at);
+      if (!tables_.ascii_joins(static_cast<unsigned char>(at[-1]), next)) return true;
       ++at;
     }
   }

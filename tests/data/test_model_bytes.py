@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ import pytest
 from megatron_cpt.data import _native
 from megatron_cpt.data.encoder import check_encoder, open_encoder
 from megatron_cpt.tokenizer import load_tokenizer
-from megatron_cpt.tokenizer.model_file import without_prefix
+from megatron_cpt.tokenizer.model_file import (
+    ModelFile,
+    Normalizer,
+    Piece,
+    PieceType,
+    TrainingRules,
+    without_prefix,
+)
 
 
 def test_damaged_models_are_refused_or_read(tokenizer: Path) -> None:
@@ -42,3 +50,35 @@ def test_the_later_of_two_settings_holds(tokenizer: Path, tmp_path: Path) -> Non
     check_encoder(encoder, bare, ["old  river ", " 古い川は"])
     prefixed = load_tokenizer(tokenizer)
     assert bare.encode("old") != prefixed.encode("old")
+
+
+def model_of(*pieces: Piece) -> bytes:
+    """A BPE model file of an unknown piece and these."""
+    bare = ModelFile(b"\x12\x02\x18\x02", (), TrainingRules(), Normalizer())  # trainer_spec: model_type BPE
+    return bare.with_appended([Piece("<unk>", 0.0, PieceType.UNKNOWN), *pieces])
+
+
+def test_a_long_run_of_letters_before_a_joined_character_is_looked_through_once(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(
+        model_of(
+            *(Piece(text, -k, PieceType.NORMAL) for k, text in enumerate(["t\u00e9", *"zqt\u00e9\u2581", "\u2581z"]))
+        )
+    )
+    loaded = load_tokenizer(path)
+    encoder = open_encoder(loaded, False, False, np.dtype("<u2"))
+    assert encoder.name == "native"
+    check_encoder(
+        encoder, loaded, ["zq" * 99 + tail for tail in ("t\u00e9", "t\u00e9zqt\u00e9t z\u00e9", "\u00e9", "t")]
+    )
+
+    def cost(letters: int) -> float:
+        block = _native.Block.from_texts(["zq" * (letters // 2) + "t\u00e9"])
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            encoder.encode(block)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert cost(400_000) < 24 * cost(50_000)
