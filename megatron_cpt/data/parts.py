@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_cpt.config.manifest import read_json, sha256_file, write_json_atomic
 from megatron_cpt.errors import DataError
 
@@ -142,8 +145,8 @@ class Parts:
         """
         with _locked(self.folder / f"{number:05d}.lock", self.inputs[number]):
             part = self.read(number)
-            if part.begun and not part.same_input():
-                if notice is not None:
+            if not part.same_input():
+                if part.begun and notice is not None:
                     notice(f"{part.input} has changed since its part was made; it is done again")
                 part.forget()
             try:
@@ -255,14 +258,39 @@ class Part:
             DataError: the file is shorter than the journal says.
         """
         if ending not in self._files:
-            path, size = self.path(ending), self.size(ending)
-            held = path.stat().st_size if path.exists() else 0
-            if held < size:
-                raise DataError(f"{path} has {held} bytes, its journal counts {size}; remove {self.journal_path}")
-            file = open(path, "ab", buffering=1 << 20)  # noqa: SIM115 - closed by close()
-            file.truncate(size)
+            self._check_size(ending)
+            file = open(self.path(ending), "ab", buffering=1 << 20)  # noqa: SIM115 - closed by close()
+            file.truncate(self.size(ending))
             self._files[ending] = file
         return self._files[ending]
+
+    def cut(self, ending: str) -> Path:
+        """Path of a data file, there and cut to its committed length; only where nobody works on the part.
+
+        Raises:
+            DataError: the file is shorter than the journal says.
+        """
+        self.file(ending)
+        self.close()
+        return self.path(ending)
+
+    def array(self, ending: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """The committed bytes of a data file as values of `dtype`, mapped; what is changed in them stays in memory.
+
+        Raises:
+            DataError: the file is shorter than the journal says.
+        """
+        count = self.size(ending) // np.dtype(dtype).itemsize
+        self._check_size(ending)
+        if not count:
+            return np.zeros(0, dtype)
+        return np.memmap(self.path(ending), dtype, "c", shape=(count,))
+
+    def _check_size(self, ending: str) -> None:
+        path, size = self.path(ending), self.size(ending)
+        held = path.stat().st_size if path.exists() else 0
+        if held < size:
+            raise DataError(f"{path} has {held} bytes, its journal counts {size}; remove {self.journal_path}")
 
     def write(self, ending: str, data: Any) -> None:
         """Append bytes (anything with a buffer) to a data file; an error of the system names the file."""
@@ -294,7 +322,8 @@ class Part:
                 os.fsync(file.fileno())
             except OSError as caught:
                 raise _named(caught, self.path(ending)) from None
-            self._sizes = {**self._sizes, ending: file.tell()}
+            # tell() would count what was cut off, until something is written
+            self._sizes = {**self._sizes, ending: os.fstat(file.fileno()).st_size}
         held = {
             "input": self._input_now,
             "position": position,
@@ -308,8 +337,11 @@ class Part:
         self._load(held)
 
     def forget(self) -> None:
-        """Go back to the start: remove the journal, so that data files count for nothing."""
+        """Go back to the start: remove the journal, then the data files, which count for nothing without it."""
         self.journal_path.unlink(missing_ok=True)
+        for path in self._stem.parent.glob(f"{self._stem.name}.*"):
+            if path.suffix != ".lock":
+                path.unlink(missing_ok=True)
         self._load({})
 
     def close(self) -> None:

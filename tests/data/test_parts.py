@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_cpt.data import ordered
@@ -311,6 +312,44 @@ def test_a_file_that_cannot_grow_is_named_and_the_work_goes_on_later(tmp_path: P
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert content(make(tmp_path / "job", inputs)) == expected(inputs)
+
+
+def test_only_committed_bytes_count(tmp_path: Path) -> None:
+    inputs = corpus(tmp_path, files=1)
+    parts = Parts(tmp_path / "job", "capitals", {}, inputs)
+    parts.claim()
+    with parts.open(0) as part:
+        part.write("out", b"abcd")
+        part.commit({"at": 1}, 1, {})
+        part.write("out", b"efghij")
+    with parts.open(0) as part:
+        assert part.array("out", "S1").tolist() == [b"a", b"b", b"c", b"d"]
+        assert part.array("none", "<i8").tolist() == []
+        part.write("out", b"")  # opens the file, cuts it, and writes nothing
+        part.commit(None, 1, {}, done=True)
+        assert part.size("out") == part.path("out").stat().st_size == 4
+    with parts.read(0).path("out").open("ab") as file:
+        file.write(b"behind")
+    assert parts.read(0).array("out", np.uint16).nbytes == 4
+    assert parts.read(0).cut("out").read_bytes() == b"abcd"
+    os.truncate(parts.read(0).path("out"), 3)
+    with pytest.raises(DataError, match="00000.out has 3 bytes, its journal counts 4"):
+        parts.read(0).array("out", np.uint8)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_nothing_is_left_of_a_part_that_begins_anew(begun: bool, tmp_path: Path) -> None:
+    inputs = corpus(tmp_path, files=1)
+    parts = Parts(tmp_path / "job", "capitals", {}, inputs)
+    parts.claim()
+    with parts.open(0) as part:
+        part.write("out", b"abcd")
+        if begun:
+            part.commit({"at": 1}, 1, {})
+    assert parts.read(0).path("out").exists()
+    inputs[0].write_text("")
+    run_parts(parts, parts.pending(), Lines, Upper)
+    assert parts.read(0).is_done() and not parts.read(0).path("out").exists()
 
 
 def test_there_is_one_long_block_at_a_time(tmp_path: Path) -> None:

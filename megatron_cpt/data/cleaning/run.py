@@ -195,8 +195,12 @@ def _write(
 ) -> None:
     def open_work(part: Any) -> Write:
         judged = scan.read(part.number)
-        documents = np.fromfile(judged.path("documents"), "<i8") if judged.blocks else np.zeros(0, np.int64)
-        return Write(job, part, documents, np.load(_verdicts_path(write.folder.parent / "verdicts", part.number)))
+        return Write(
+            job,
+            part,
+            judged.array("documents", "<i8"),
+            np.load(_verdicts_path(write.folder.parent / "verdicts", part.number)),
+        )
 
     run_parts(
         write,
@@ -220,19 +224,20 @@ def _decide(scan: Parts, job: Job, folder: Path, machines: Machines) -> dict[str
         {"scan": identity of what was judged, "firsts": first survivor of each file, "duplicates": summary | None}
     """
     parts = [scan.read(number) for number in range(len(scan.inputs))]
+    for part in parts:
+        if not part.is_done():
+            raise DataError(f"{part.input} has changed since it was judged; run the command again")
     identity = sha256_json([part.sha256 for part in parts])
     done = folder / "found.json"
     if done.exists() and read_json(done, DataError)["scan"] == identity:
         return read_json(done, DataError)  # type: ignore[no-any-return]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    verdicts = [_read(part.path("verdicts"), np.uint8) for part in parts]
+    verdicts = [part.array("verdicts", np.uint8) for part in parts]
     found: dict[str, Any] = {"scan": identity, "firsts": [], "duplicates": None}
     wanted, signing = job.profile.duplicates, job.signing
     if wanted is not None and signing is not None:
-        for part in parts:
-            part.path("signatures").touch()
-        paths = [part.path("signatures") for part in parts]
+        paths = [part.cut("signatures") for part in parts]
         duplicates = find_duplicates(paths, folder, signing, wanted.threshold, machines.map)
         for number, mine in enumerate(verdicts):
             survivors = np.flatnonzero(mine == KEPT)
@@ -246,10 +251,6 @@ def _decide(scan: Parts, job: Job, folder: Path, machines: Machines) -> dict[str
     return found
 
 
-def _read(path: Path, dtype: Any) -> npt.NDArray[Any]:
-    return np.fromfile(path, dtype) if path.exists() else np.zeros(0, dtype)
-
-
 def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: Path) -> dict[str, Any]:
     work = output / _WORK
     if (output / MANIFEST).exists() and not (work / _FINISHED).exists():
@@ -261,12 +262,14 @@ def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: 
     names, outputs, states = output_names(scan.inputs), {}, []
     for number, name in enumerate(names):
         judged, written = scan.read(number), write.read(number)
+        if written.sha256 != judged.sha256:
+            raise DataError(f"{judged.input} has changed since it was judged; run the command again")
         states.append((judged.state, written.state["counts"] if written.blocks else {}))
         if not written.size("zst"):
             (output / name).unlink(missing_ok=True)
             continue
         if written.path("zst").exists():
-            os.replace(written.path("zst"), output / name)
+            os.replace(written.cut("zst"), output / name)
         elif not (output / name).exists():
             raise DataError(f"{written.path('zst')} is gone; remove {write.folder} and run the command again")
         documents = written.state["counts"]["documents"]
@@ -295,21 +298,19 @@ def _name_originals(report: dict[str, Any], scan: Parts, firsts: list[int], root
             part = [str(path) for path in scan.inputs].index(sample["file"])
             root = int(roots[firsts[part] + sample.pop("survivor")])
             home = int(np.searchsorted(firsts, root, "right")) - 1
-            line = _read(scan.read(home).path("lines"), "<i8")[root - firsts[home]]
+            line = scan.read(home).array("lines", "<i8")[root - firsts[home]]
             sample["original"] = f"{scan.inputs[home]}:{line}"
 
 
 def _write_faults(scan: Parts, path: Path) -> None:
-    logs = [scan.read(number).path("faults") for number in range(len(scan.inputs))]
-    logs = [log for log in logs if log.exists() and log.stat().st_size]
+    logs = [scan.read(number).array("faults", np.uint8) for number in range(len(scan.inputs))]
     path.unlink(missing_ok=True)
-    if not logs:
+    if not any(len(log) for log in logs):
         return
     temporary = temporary_path(path)
     with open(temporary, "wb") as file:
         for log in logs:
-            with open(log, "rb") as part:
-                shutil.copyfileobj(part, file)
+            file.write(log.data)
     os.replace(temporary, path)
 
 
