@@ -68,9 +68,15 @@ BpeTables::BpeTables(const std::vector<Piece>& pieces, bool byte_fallback, bool 
 
 void BpeTables::read_specials(const std::vector<Piece>& pieces, bool escape_whitespaces) {
   std::unordered_set<std::string_view> reserved;
+  std::unordered_set<std::string_view> spelt;
   for (std::size_t id = 0; id < pieces.size(); ++id) {
     const Piece& piece = pieces[id];
     if (!utf8::valid(piece.text)) throw std::invalid_argument("a piece is not valid UTF-8");
+    if (piece.text.empty()) throw std::invalid_argument("its piece " + std::to_string(id) + " is empty");
+    const bool in_text = is_text(piece.type) || piece.type == PieceType::kUserDefined;
+    if (!(in_text ? spelt : reserved).insert(piece.text).second) {
+      throw std::invalid_argument("its piece " + piece.text + " is there twice");
+    }
     const auto number = static_cast<std::uint32_t>(id);
     if (piece.type == PieceType::kUnknown) unknown_ = number;
     if (piece.type == PieceType::kByte) {  // "<0x41>"
@@ -81,14 +87,11 @@ void BpeTables::read_specials(const std::vector<Piece>& pieces, bool escape_whit
       // A space in it is never met where spaces are escaped before the text is cut.
       if (escape_whitespaces && piece.text.find(' ') != std::string::npos) continue;
       user_defined_.add(escape_whitespaces ? spaced(piece.text) : piece.text, number);
-    } else if (!is_text(piece.type)) {
-      reserved.insert(piece.text);
     }
   }
   if (unknown_ == kNoSymbol) throw std::invalid_argument("it has no unknown piece");
   for (const Piece& piece : pieces) {
-    const bool spelt = is_text(piece.type) || piece.type == PieceType::kUserDefined;
-    if (reserved.count(piece.text) && (spelt || utf8::count(piece.text) == 1)) {
+    if (reserved.count(piece.text) && (spelt.count(piece.text) || utf8::count(piece.text) == 1)) {
       throw std::invalid_argument("text can spell its control piece " + piece.text);
     }
   }

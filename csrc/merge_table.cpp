@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 
 namespace cpt {
 
 namespace {
 
 constexpr std::size_t kPairsPerGroup = 4;
+constexpr int kMaxTries = 64;  // the first one nearly always does
 
 }  // namespace
 
@@ -16,7 +18,10 @@ MergeTable::MergeTable(const std::vector<Merge>& merges) : size_(merges.size() +
   unsigned bits = 1;
   while ((std::size_t{1} << bits) * kPairsPerGroup < merges.size()) ++bits;
   group_shift_ = 64 - bits;
-  while (!fill(merges)) multiplier_ = multiplier_ * 0xd1342543de82ef95u | 1;
+  for (int tries = 1; !fill(merges); ++tries) {
+    if (tries == kMaxTries) throw std::invalid_argument("no table holds its merges: is a pair there twice?");
+    multiplier_ = multiplier_ * 0xd1342543de82ef95u | 1;
+  }
 }
 
 // Whether every group found its number.

@@ -24,7 +24,8 @@ class MergeTable {
   static constexpr int kSymbolBits = 21;
   static constexpr Symbol kMaxSymbol = (Symbol{1} << kSymbolBits) - 2;
 
-  // Each pair of `merges` must be there once; its symbols at most kMaxSymbol.
+  // Each pair of `merges` must be there once; its symbols at most kMaxSymbol. Throws std::invalid_argument
+  // where no table is found.
   explicit MergeTable(const std::vector<Merge>& merges);
 
   // What two neighbours become; kNoSymbol where they stay two. Symbols must be at most kMaxSymbol.

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_cpt.data import _native
 from megatron_cpt.data.encoder import check_encoder, open_encoder
+from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.model_file import (
     ModelFile,
@@ -82,3 +83,17 @@ def test_a_long_run_of_letters_before_a_joined_character_is_looked_through_once(
         return min(times)
 
     assert cost(400_000) < 24 * cost(50_000)
+
+
+@pytest.mark.parametrize("kind", [PieceType.NORMAL, PieceType.UNUSED, PieceType.USER_DEFINED, PieceType.CONTROL])
+def test_a_model_with_a_piece_twice_or_an_empty_one_is_refused(tmp_path: Path, kind: PieceType) -> None:
+    letters = [Piece("a", -3.0, PieceType.NORMAL), Piece("b", -4.0, PieceType.NORMAL)]
+    twice = model_of(*letters, Piece("ab", -1.0, kind), Piece("ab", -2.0, kind))
+    empty = model_of(*letters, Piece("", -1.0, kind))
+    for data, reason in ((twice, "its piece ab is there twice"), (empty, "its piece 3 is empty")):
+        with pytest.raises(ValueError, match=reason):
+            _native.BpeEncoder(data)
+        path = tmp_path / "tokenizer.model"
+        path.write_bytes(data)
+        with pytest.raises(TokenizerError):
+            load_tokenizer(path)
