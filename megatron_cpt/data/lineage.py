@@ -90,7 +90,8 @@ def _difference(earlier: dict[str, Any], now: dict[str, Any], number: int) -> st
         return f"it was {mixtures[0]} and is now {mixtures[1]}"
     for lane, other in zip(old["lanes"], new["lanes"], strict=True):
         facts, changed = earlier["sources"][lane[0]], now["sources"][other[0]]
-        for name, words in (("content", "other tokens"), ("packing", "another packing"), ("language", "a language")):
+        content = "other tokens or another pack" if facts["packing"] == "best_fit" else "other tokens"
+        for name, words in (("content", content), ("packing", "another packing"), ("language", "a language")):
             if facts[name] != changed[name]:
                 return f"source {changed['name']!r} has {words} now ({facts[name][:12]} became {changed[name][:12]})"
         if facts["windows"] != changed["windows"]:

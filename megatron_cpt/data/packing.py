@@ -37,11 +37,15 @@ class Pack:
 
     Args:
         path: the pack's file.
-        num_pieces: pieces of all bins.
-        num_bins: bins.
+        manifest: what was written of it.
+
+    Attributes:
+        identity: the rule that made the bins and the SHA-256 of the file, as the manifest says them.
     """
 
-    def __init__(self, path: Path, num_pieces: int, num_bins: int) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        num_pieces, num_bins = int(manifest["pieces"]), int(manifest["bins"])
+        self.identity = [int(manifest["rule"]), str(manifest["outputs"]["bin"]["sha256"])]
         expected = 12 * num_pieces + 8 * (num_bins + 1)
         if not path.is_file() or path.stat().st_size != expected:
             raise DataError(f"{path} is missing or not of {expected} bytes, as its manifest says; make the pack again")
@@ -165,7 +169,7 @@ def open_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
     if not is_packed(dataset, seq_length):
         raise DataError(f"{path} is of another dataset than {dataset.prefix} holds now; {advice}")
     manifest = read_manifest(path, _KIND, DataError)
-    return Pack(_data_path(dataset, seq_length), int(manifest["pieces"]), int(manifest["bins"]))
+    return Pack(_data_path(dataset, seq_length), manifest)
 
 
 def packed_lengths(dataset: IndexedDataset) -> list[int]:

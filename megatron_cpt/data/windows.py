@@ -7,7 +7,7 @@ token of a document is never predicted: nothing before it speaks of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,6 +59,7 @@ class Windows:
         dataset: where the tokens are.
         seq_length: S, positions of a window.
         packing: how documents are laid into windows.
+        laid_by: what besides the dataset decides that: the identity of its pack; empty for "concat".
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class Windows:
         packing: Packing,
         count: int,
         pieces: Callable[[int], tuple[Int64s, Int32s]],
+        laid_by: Sequence[int | str] = (),
     ) -> None:
-        self.dataset, self.seq_length, self.packing = dataset, seq_length, packing
+        self.dataset, self.seq_length, self.packing, self.laid_by = dataset, seq_length, packing, laid_by
         self._count, self._pieces = count, pieces
         # The pieces of a packed window hold no border of documents inside: there is nothing to look for.
         self._borders = dataset.document_starts if packing == "concat" else np.zeros(0, np.int64)
@@ -83,7 +85,7 @@ class Windows:
         """SHA-256 that stands for all windows: with an equal one, `window(k)` is the same for every k."""
         outputs = self.dataset.manifest.get("outputs", {})
         files = [outputs[ending]["sha256"] for ending in ("bin", "idx") if ending in outputs]
-        return sha256_json([self.packing, self.seq_length, files or self.dataset.content_hash])
+        return sha256_json([self.packing, self.seq_length, files or self.dataset.content_hash, *self.laid_by])
 
     def pieces(self, number: int) -> tuple[Int64s, Int32s]:
         """Where window `number` comes from: the first token in the stream of each piece, and its predictions.
@@ -145,7 +147,7 @@ def open_windows(dataset: IndexedDataset, seq_length: int, packing: Packing = "c
         )
     if packing == "best_fit":
         pack = open_pack(dataset, seq_length)
-        return Windows(dataset, seq_length, packing, len(pack), pack.pieces)
+        return Windows(dataset, seq_length, packing, len(pack), pack.pieces, pack.identity)
     predictions = dataset.num_tokens - 1
 
     def span(number: int) -> tuple[Int64s, Int32s]:

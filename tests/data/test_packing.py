@@ -17,12 +17,15 @@ from megatron_cpt.cli.main import main
 from megatron_cpt.data import (
     Document,
     IndexedDataset,
+    SamplePlan,
     _native,
     build_dataset,
     open_windows,
     pack_dataset,
+    packing,
     verify_dataset,
 )
+from megatron_cpt.data.sampler import Source
 from megatron_cpt.errors import DataError, VerificationError
 from tests.data.test_windows import laid_out, same, write_dataset
 
@@ -115,6 +118,31 @@ def test_documents_cut_elsewhere_are_another_dataset(tmp_path: Path) -> None:
     pack_dataset(write_dataset(tmp_path / "x", [40]), 16)
     with pytest.raises(DataError, match="another dataset"):
         open_windows(write_dataset(tmp_path / "x", [20, 20]), 16, "best_fit")
+
+
+def test_another_pack_of_the_same_dataset_is_another_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another rule, or with its bins in another order: a run must not go on over it as if nothing had changed."""
+    dataset = write_dataset(tmp_path / "x", [17, 17, 17])
+
+    def hashes() -> tuple[str, str]:
+        plan = SamplePlan([Source(dataset, "xx", packing="best_fit")], 16, 1)
+        return plan.windows[0].content_hash, plan.order_hash(2)
+
+    pack_dataset(dataset, 16)
+    found = [hashes()]
+    assert hashes() == found[0]
+    path, manifest = tmp_path / "x.pack-16.bin", tmp_path / "x.pack-16.manifest.json"
+    first, second, *rest = np.frombuffer(path.read_bytes(), "<i8", 3)
+    path.write_bytes(np.array([second, first, *rest], "<i8").tobytes() + path.read_bytes()[24:])
+    value = json.loads(manifest.read_text())
+    value["outputs"]["bin"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(value))
+    found.append(hashes())
+    monkeypatch.setattr(packing, "_RULE", 2)
+    pack_dataset(dataset, 16)
+    found.append(hashes())
+    for each in zip(*found, strict=True):
+        assert len(set(each)) == 3
 
 
 def test_missing_and_damaged_packs_are_refused(tmp_path: Path) -> None:
