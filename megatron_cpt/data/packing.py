@@ -45,7 +45,7 @@ class Pack:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         num_pieces, num_bins = int(manifest["pieces"]), int(manifest["bins"])
-        self.identity = [int(manifest["rule"]), str(manifest["outputs"]["bin"]["sha256"])]
+        self.identity: list[int | str] = [int(manifest["rule"]), str(manifest["outputs"]["bin"]["sha256"])]
         expected = 12 * num_pieces + 8 * (num_bins + 1)
         if not path.is_file() or path.stat().st_size != expected:
             raise DataError(f"{path} is missing or not of {expected} bytes, as its manifest says; make the pack again")

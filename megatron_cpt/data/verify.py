@@ -106,15 +106,29 @@ def _check_inputs(dataset: IndexedDataset) -> int:
     named = [(source["path"], source["sha256"]) for source in manifest.get("sources", ())]
     named.append((manifest["tokenizer"], manifest["tokenizer_sha256"]))
     for path, expected in named:
-        if not Path(path).is_file():
-            raise DataError(f"{path}, from which {dataset.prefix} was built, is missing; bring it back to prove it")
-        if sha256_file(path) != expected:
-            raise VerificationError(f"{path} is not the file from which {dataset.prefix} was built; build it again")
+        _check_input(dataset, path, expected)
     return len(named)
 
 
+def _check_input(dataset: IndexedDataset, path: str, sha256: str, size: int | None = None) -> None:
+    """Refuse a file that is not the one the dataset was built from; the size, where known, spares the hashing."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}, from which {dataset.prefix} was built, is missing; bring it back")
+    found = Path(path).stat().st_size
+    what = "its SHA-256 differs"
+    if size is not None and found != size:
+        what = f"it has {found:,} bytes and had {size:,}"
+    elif sha256_file(Path(path)) == sha256:
+        return
+    raise VerificationError(
+        f"{path} is not the file from which {dataset.prefix} was built: {what}; bring it back, or build it again"
+    )
+
+
 def trace_document(dataset: IndexedDataset, number: int) -> dict[str, Any]:
-    """The file and line that a document was read from, found by reading the file again up to there.
+    """The file and line that a document was read from, found by reading the file again.
+
+    The file is hashed first, and the tokens of the text that is found are compared with the document's.
 
     Args:
         dataset: built from files.
@@ -124,24 +138,38 @@ def trace_document(dataset: IndexedDataset, number: int) -> dict[str, Any]:
         `path`, `line` (row of a parquet file), and `id`, as the corpus gives it.
 
     Raises:
-        DataError: no such document, a dataset that was not built from files, or a file that has changed.
+        DataError: no such document, a dataset that was not built from files, or a file that is missing.
+        VerificationError: the file or the tokenizer is no longer the one of the build, or the text there gives
+            other tokens.
     """
-    dataset.document(number)
+    stored = dataset.document(number)
     manifest = dataset.manifest
     sources = [s for s in manifest.get("sources", ()) if s["first_document"] <= number and s["documents"]]
     if not sources:
         raise DataError(f"{dataset.prefix} does not say which files it was built from; the document has no line")
     source = sources[-1]
+    _check_input(dataset, manifest["tokenizer"], manifest["tokenizer_sha256"])
+    _check_input(dataset, source["path"], source["sha256"], source["bytes"])
     left, held_out = number - source["first_document"], manifest.get("held_out")
     loaded = load_tokenizer(manifest["tokenizer"])
-    encoder = open_encoder(loaded, False, False, dtype_for(loaded.vocab_size))
+    encoder = open_encoder(loaded, manifest["append_bos"], manifest["append_eos"], dtype_for(loaded.vocab_size))
     with open_blocks(source["path"], manifest["text_field"]) as reader:
         while (raw := reader.read()) is not None:
             block = raw.parse()
             if held_out is not None:
                 block = block.select(block.held_out(held_out[0]) == (held_out[1] == "held_out"))
-            full = np.flatnonzero(encoder.encode(block).lengths)  # texts without a token are not in the dataset
+            encoded = encoder.encode(block)
+            full = np.flatnonzero(encoded.lengths)  # texts without a token are not in the dataset
             if left < len(full):
-                return {"path": source["path"], "line": int(block.lines[full[left]]), "id": block.ids()[full[left]]}
+                found, line = full[left], int(block.lines[full[left]])
+                end = int(encoded.lengths[: found + 1].sum(dtype=np.int64))
+                if not np.array_equal(encoded.tokens[end - encoded.lengths[found] : end], stored):
+                    raise VerificationError(
+                        f"{source['path']}:{line} gives other tokens than document {number} of {dataset.prefix} "
+                        "holds; verify the dataset, or build it again"
+                    )
+                return {"path": source["path"], "line": line, "id": block.ids()[found]}
             left -= len(full)
-    raise DataError(f"{source['path']} holds fewer documents than when {dataset.prefix} was built; it was changed")
+    raise VerificationError(
+        f"{source['path']} holds fewer documents than {dataset.prefix} has of it; build the dataset again"
+    )

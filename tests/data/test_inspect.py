@@ -10,8 +10,18 @@ import pytest
 
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.manifest import read_json, write_json_atomic
-from megatron_cpt.data import Document, IndexedDataset, SamplePlan, build_dataset, describe_sample, pack_dataset
+from megatron_cpt.data import (
+    Document,
+    IndexedDataset,
+    SamplePlan,
+    build_dataset,
+    build_files,
+    describe_sample,
+    pack_dataset,
+    trace_document,
+)
 from megatron_cpt.data.indexed import manifest_path
+from megatron_cpt.errors import VerificationError
 from megatron_cpt.tokenizer import load_tokenizer
 
 LENGTH = 48
@@ -122,3 +132,31 @@ def test_a_document_is_traced_to_its_line(
     assert document["origin"] == {"path": str(path), "line": 19, "id": documents[9].id}
     assert main(["data", "inspect", str(tmp_path / "x"), "--document", "9", "--trace"]) == 0
     assert "corpus.jsonl:19" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_document_of_changed_files_has_no_line(documents: list[Document], tokenizer: Path, tmp_path: Path) -> None:
+    path, model = tmp_path / "corpus.jsonl", tmp_path / "tokenizer.model"
+    model.write_bytes(tokenizer.read_bytes())
+    lines = [json.dumps({"id": d.id, "text": d.text}) + "\n" for d in documents]
+    path.write_text("".join(lines))
+    build_files([path], model, tmp_path / "x", "xx")
+    dataset = IndexedDataset(tmp_path / "x")
+    assert trace_document(dataset, 9)["line"] == 10
+    path.write_text(lines[0] + "".join(lines))
+    with pytest.raises(VerificationError, match=r"corpus\.jsonl is not the file .*: it has [\d,]+ bytes and had"):
+        trace_document(dataset, 9)
+    path.write_text("".join(lines[1:] + lines[:1]))
+    with pytest.raises(VerificationError, match=r"corpus\.jsonl is not the file .*: its SHA-256 differs"):
+        trace_document(dataset, 9)
+    path.write_text("".join(lines))
+    model.write_bytes(tokenizer.read_bytes() + b"\0")
+    with pytest.raises(VerificationError, match=r"tokenizer\.model is not the file"):
+        trace_document(dataset, 9)
+    model.write_bytes(tokenizer.read_bytes())
+    stream = bytearray((tmp_path / "x.bin").read_bytes())
+    stream[2 * int(dataset.document_starts[9]) + 2] ^= 1
+    (tmp_path / "x.bin").write_bytes(stream)
+    changed = IndexedDataset(tmp_path / "x")
+    assert trace_document(changed, 8)["line"] == 9
+    with pytest.raises(VerificationError, match=r"corpus\.jsonl:10 gives other tokens than document 9"):
+        trace_document(changed, 9)
