@@ -9,7 +9,6 @@ with the bytes it would have had. A process holds a lock on the part it works on
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from megatron_cpt.config.manifest import read_json, sha256_file, write_json_atomic
 from megatron_cpt.errors import DataError
+from megatron_cpt.runtime.lock import try_lock
 
 Notice = Callable[[str], None]
 _JOB = "job.json"
@@ -161,7 +161,7 @@ class Parts:
             try:
                 with _locked(self.folder / f"{number:05d}.lock", self.inputs[number]):
                     return
-            except DataError:
+            except _HeldError:
                 time.sleep(1.0)
 
     def discard_untouched(self) -> None:
@@ -241,7 +241,7 @@ class Part:
         return self._sizes.get(ending, 0)
 
     def same_input(self) -> bool:
-        """Whether the input is the one the journal speaks of: same size and date, or (where done) same content."""
+        """Whether the input is the one the journal speaks of: the same file, untouched, or (done) the same content."""
         if self._input_then == self._input_now:
             return True
         same_size = self._input_then.get("bytes") == self._input_now["bytes"]
@@ -359,7 +359,12 @@ def _identity(path: Path) -> dict[str, int]:
         held = path.stat()
     except FileNotFoundError:
         raise DataError(f"corpus {path} does not exist") from None
-    return {"bytes": held.st_size, "mtime_ns": held.st_mtime_ns}
+    return {
+        "bytes": held.st_size,
+        "mtime_ns": held.st_mtime_ns,
+        "ctime_ns": held.st_ctime_ns,  # moves on where the date was set back to what it was
+        "inode": held.st_ino,  # another one where the file was replaced
+    }
 
 
 def _named(caught: OSError, path: Path) -> OSError:
@@ -369,11 +374,13 @@ def _named(caught: OSError, path: Path) -> OSError:
 @contextmanager
 def _locked(path: Path, input: Path) -> Iterator[None]:
     with open(path, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"another process works on {input} ({path}); wait until it has ended") from None
+        if not try_lock(file, DataError):
+            raise _HeldError(f"another process works on {input} ({path}); wait until it has ended")
         yield
+
+
+class _HeldError(DataError):
+    """Another process works on the part."""
 
 
 def check_shard(shard: tuple[int, int]) -> None:
