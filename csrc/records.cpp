@@ -140,6 +140,16 @@ std::string_view without_line_ends(std::string_view text) {
   return text;
 }
 
+// Adds a document of a text file: a line ends at LF or CR LF, which is read as LF.
+void add_text(std::string_view text, std::int64_t line, Block& block) {
+  while (!text.empty()) {
+    const std::size_t found = text.find("\r\n");
+    block.text.append(text.substr(0, found));
+    text.remove_prefix(found == std::string_view::npos ? text.size() : found + 1);
+  }
+  block.close(line);
+}
+
 std::string_view without_mark(std::string_view data, std::int64_t first_line) {
   const bool marked = first_line == 1 && data.substr(0, kByteOrderMark.size()) == kByteOrderMark;
   return marked ? data.substr(kByteOrderMark.size()) : data;
@@ -186,7 +196,7 @@ Block parse_txt(std::string_view data, std::int64_t first_line, std::int64_t lon
     std::string reason = static_cast<std::int64_t>(whole.size()) > longest ? too_long(longest)
                                                                           : fault_of_text(text, from_line);
     if (reason.empty()) {
-      block.add(text, {}, from_line);
+      add_text(text, from_line, block);
     } else {
       block.faults.push_back({from_line, std::move(reason)});
     }

@@ -79,7 +79,8 @@ def open_blocks(
     """Open a corpus file to read its documents in blocks.
 
     `.jsonl` (also `.ndjson`, `.json`): one JSON object a line, its `id` (a string, or a number as it is spelt)
-    is kept. `.txt`: documents stand between blank lines. Each of them may end in `.gz` or `.zst`, of several
+    is kept. `.txt`: documents stand between blank lines; a line ends in LF or CR LF, and both are read as LF
+    (an escaped CR in jsonl is text as written). Each of them may end in `.gz` or `.zst`, of several
     members or frames. `.parquet`: one row a document. Only UTF-8 is read (with or without a byte order mark at
     the front). JSON is that of RFC 8259: a field that stands twice counts as the last one, NaN and Infinity
     are refused although `json.loads` takes them, and so is half of a surrogate pair in the text or the id;

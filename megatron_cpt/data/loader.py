@@ -78,7 +78,7 @@ class Loader:
 
         Raises:
             DataError: damaged data.
-            TrainingError: a worker died `MOST_DEATHS` times over this batch.
+            TrainingError: a worker died `MOST_DEATHS` times over this batch, or its answer cannot be read.
         """
         if not self._workers:
             return batch([self._plan.sample(number) for number in next(self._schedule)])
@@ -164,7 +164,11 @@ def _read(answers: Connection, taken: queue.SimpleQueue[Batch | CptError | None]
             except (EOFError, OSError):  # between two answers, and in the midst of one
                 taken.put(None)
                 return
-            taken.put(pickle.loads(answer))
+            try:
+                made = pickle.loads(answer)
+            except Exception as caught:  # whatever the answer is made of may raise while it is put together
+                made = TrainingError(f"an answer of the process that prepares batches cannot be read: {caught!r}")
+            taken.put(made)
 
 
 def _how(code: int) -> str:

@@ -113,6 +113,33 @@ def test_a_batch_that_is_fatal_three_times_ends_the_job(plan: SamplePlan, tmp_pa
             next(loader)
 
 
+class Unreadable(DataError):
+    """An error that goes out of a process and does not come in again: it is made of two things, and holds one."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(one + other)
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """Samples that are all refused."""
+
+    def sample(self, number: int) -> Sample:
+        raise Unreadable("sample ", str(number))
+
+
+def test_an_answer_that_cannot_be_read_ends_the_job() -> None:
+    """In a process of its own, which is given up where it waits for ever."""
+    code = (
+        "from megatron_cpt.data.loader import Loader; from megatron_cpt.errors import TrainingError\n"
+        "from tests.data.test_loader import Refusing\n"
+        "try:\n    with Loader(Refusing(), [[1]]) as loader: next(loader)\n"
+        "except TrainingError as caught: print(caught)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert "cannot be read: TypeError" in done.stdout, done.stderr
+
+
 def test_damaged_data_is_told_as_it_is_where_it_is_met(
     documents: list[Document], tokenizer: Path, tmp_path: Path
 ) -> None:

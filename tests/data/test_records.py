@@ -161,10 +161,18 @@ def test_text_files_are_cut_where_str_strip_leaves_nothing(pieces: list[str]) ->
         if line.strip():
             kept.append(line)
         elif kept:
-            wanted.append((number - len(kept), "".join(kept).rstrip("\r\n")))
+            wanted.append((number - len(kept), "".join(kept).rstrip("\r\n").replace("\r\n", "\n")))
             kept = []
     block = parse_txt(data.encode(), 1)
     assert list(zip(block.lines.tolist(), block.texts(), strict=True)) == wanted and block.faults == []
+
+
+def test_a_line_of_a_text_file_ends_in_lf_or_cr_lf() -> None:
+    data = b"one\r\n two\rthree\r\r\nfour\r\n\r\nfive\nsix\r\n"
+    block = parse_txt(data, 1)
+    assert block.texts() == ["one\n two\rthree\r\nfour", "five\nsix"] and block.lines.tolist() == [1, 5]
+    assert json.loads(block.write_jsonl(np.array([True, False]), None))["text"] == block.texts()[0]
+    assert parse_jsonl(b'{"text": "a\\r\\nb"}\r\n', "text", 1).texts() == ["a\r\nb"]
 
 
 def test_faults_stand_at_their_lines_and_the_rest_is_read() -> None:
