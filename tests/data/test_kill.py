@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,17 +21,31 @@ from megatron_cpt.data.indexed import manifest_path
 
 ENDINGS = ("bin", "idx", "manifest.json", "faults.txt")
 STEPS = ("open", "os.")  # audit events: files opened, cut, linked, renamed, removed
+RAISED = 255  # exit code of a child that an exception ended
 
 
 def in_child(work: Callable[[], Any]) -> int:
-    """Run something in a process of its own; returns its exit code, minus the signal that ended it."""
+    """Run something in a process of its own; returns its exit code, minus the signal that ended it.
+
+    An exception there fails the test.
+    """
     pid = os.fork()
     if not pid:
         try:
             work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except BaseException:
+            traceback.print_exc()
+            os._exit(RAISED)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code != RAISED, "an exception in the child, told on standard error"
+    return code
+
+
+def test_an_exception_of_a_child_fails_its_test() -> None:
+    with pytest.raises(AssertionError, match="an exception in the child"):
+        in_child(lambda: 1 // 0)
+    assert in_child(lambda: None) == 0
 
 
 def killed_at(step: int, work: Callable[[], Any]) -> Callable[[], None]:
@@ -94,7 +109,7 @@ def test_killed_at_every_kind_of_step_the_dataset_is_the_same(
         prefix = tmp_path / f"x{step}"
         assert in_child(killed_at(step, build(prefix))) == -signal.SIGKILL or step > total - 4
         continued += any(Path(f"{prefix}.parts").glob("0000?.json"))
-        in_child(killed_at(3 * step % total, build(prefix)))  # and once more, somewhere else
+        in_child(killed_at(3 * step % total, partial(repeat, prefix, build(prefix))))  # and once more, somewhere else
         repeat(prefix, build(prefix))
         assert contents(prefix) == expected, step
     assert continued > 3
