@@ -27,19 +27,6 @@ void require_size(std::int64_t size) {
   if (size < 1 || size > kMaxSize) throw std::invalid_argument("size is " + std::to_string(size) + ", expected 1..2^62");
 }
 
-Int64s permute(const Int64s& positions, std::int64_t size, std::uint64_t key) {
-  require_size(size);
-  const cpt::Permutation permutation(static_cast<std::uint64_t>(size), key);
-  Int64s result(positions.size());
-  const std::int64_t* in = positions.data();
-  std::int64_t* out = result.mutable_data();
-  for (py::ssize_t k = 0; k < positions.size(); ++k) {
-    if (in[k] < 0 || in[k] >= size) throw std::out_of_range("position outside of 0..size-1");
-    out[k] = static_cast<std::int64_t>(permutation(static_cast<std::uint64_t>(in[k])));
-  }
-  return result;
-}
-
 // Which window the index-th visit of a source falls on: one full permutation per epoch.
 std::int64_t visit(std::int64_t index, std::int64_t size, std::uint64_t key) {
   require_size(size);
@@ -112,7 +99,6 @@ std::pair<Int64s, Int64s> gather(const py::array& stream, const Int64s& starts, 
 
 void bind_order(py::module_& module) {
   module.def("derive", &cpt::derive, py::arg("key"), py::arg("number"));
-  module.def("permute", &permute, py::arg("positions").noconvert(), py::arg("size"), py::arg("key"));
   module.def("visit", &visit, py::arg("index"), py::arg("size"), py::arg("key"));
   py::class_<cpt::StageOrder>(module, "StageOrder")
       .def(py::init(&stage_order), py::arg("lanes").noconvert(), py::arg("unit"), py::arg("samples"), py::arg("block"))

@@ -152,7 +152,7 @@ class MinHasher {
         rolled = rolled * base + (entering[k] - leave * leaving[k]);
         take(rolled);
       }
-      std::copy(leaving + count, leaving + count + size, leaving);
+      std::memmove(leaving, leaving + count, size * sizeof(*leaving));  // `count` may be 0
       seen += count;
     }
     if (seen && seen < size) take(rolled);  // the whole text is one shingle

@@ -1,4 +1,4 @@
-// The order of the data: keyed permutations and the mixture. No state, no tables, no Python.
+// The order of a source's windows: keyed permutations, without tables.
 #pragma once
 
 #include <array>

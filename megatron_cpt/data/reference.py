@@ -28,6 +28,7 @@ def derive(key: int, number: int) -> int:
 
 
 def _permuted(position: int, size: int, key: int) -> int:
+    """Its image under the keyed permutation of 0..size-1 (six Feistel rounds, cycle walking)."""
     half = 1
     while 1 << (2 * half) < size:
         half += 1
@@ -39,11 +40,6 @@ def _permuted(position: int, size: int, key: int) -> int:
         position = (left << half) | right
         if position < size:
             return position
-
-
-def permute(positions: Int64s, size: int, key: int) -> Int64s:
-    """Images of positions under the keyed permutation of 0..size-1 (six Feistel rounds, cycle walking)."""
-    return np.array([_permuted(int(position), size, key) for position in positions], np.int64)
 
 
 def visit(index: int, size: int, key: int) -> int:
