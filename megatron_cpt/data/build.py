@@ -178,7 +178,8 @@ def build_files(
         tokenizer: likewise.
         prefix: likewise.
         language: likewise.
-        workers: threads, see `open_machines`; each needs a few MB, a process less than 1 GiB whatever the input.
+        workers: threads, see `open_machines`; each needs a few MB, and one record of 32 MiB is
+            held at a time. Where a library encodes (`encoder`), its lists of ids come on top.
         held_out: likewise.
         append_bos: likewise.
         append_eos: likewise.
