@@ -59,7 +59,8 @@ def assemble(
         counts.include(mine)
     if not counts.tokens:
         parts.remove()
-        raise DataError(f"no document to write to {prefix}: the corpus, or this side of it, is empty")
+        left_out = "; ".join(f"{count:,} records were left out: {reason}" for reason, count in counts.faults.items())
+        raise DataError(f"no document to write to {prefix}: {left_out or 'the corpus, or this side of it, is empty'}")
     files = {"bin": _joined(made, parts.folder, "tokens"), "idx": parts.folder / "assembled.idx"}
     write_index(files["idx"], dtype_for(vocab_size), _lengths(_joined(made, parts.folder, "lengths")))
     if counts.faults:

@@ -169,12 +169,12 @@ def check_block(encoder: Encoder, tokenizer: Tokenizer, block: _native.Block, so
         number: the block's place in its source, from 0.
 
     Returns:
-        How many documents were compared.
+        How many documents were compared; none where the encoder is the reference library itself.
 
     Raises:
         VerificationError: the ids of a text differ.
     """
-    if not len(block) or (number & (number - 1) and number % _CHECKED_EVERY):
+    if encoder.name != "native" or not len(block) or (number & (number - 1) and number % _CHECKED_EVERY):
         return 0
     draw = random.Random(f"{source}:{number}")
     drawn = draw.sample(range(len(block)), min(_CHECKED_DOCUMENTS, len(block)))

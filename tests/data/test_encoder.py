@@ -106,6 +106,7 @@ def test_other_models_go_through_sentencepiece(
     encoded = encoder.encode(_native.Block.from_texts(texts))
     assert encoded.tokens.dtype == np.uint16
     assert encoded.lengths[0] == 0 and encoded.lengths[1] > 2 and encoded.unknown_tokens > 0
+    assert check_block(encoder, loaded, _native.Block.from_texts(texts), "x", 0) == 0  # nothing is proved by itself
 
 
 def test_a_tokenizer_json_goes_through_tokenizers(tmp_path: Path, documents: list[Document]) -> None:

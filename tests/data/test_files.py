@@ -169,6 +169,13 @@ def test_broken_records_stop_the_build_or_are_skipped_and_logged(
     assert not (tmp_path / "x.faults.txt").exists()
 
 
+def test_where_all_records_are_left_out_their_reasons_are_told(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b"{}\n" * 7)
+    with pytest.raises(DataError, match=r"no document to write to .*: 7 records were left out: no field 'text'"):
+        build_files([tmp_path / "bad.jsonl"], tokenizer, tmp_path / "x", "xx", on_error="skip")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
+
+
 def test_parts_with_skipped_records_are_not_taken_where_faults_are_to_stop(
     corpus: list[Path], tokenizer: Path, tmp_path: Path
 ) -> None:
