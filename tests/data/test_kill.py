@@ -8,7 +8,6 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,28 +17,9 @@ import pytest
 
 from megatron_cpt.data import Document, build_files, ordered, verify_dataset
 from megatron_cpt.data.indexed import manifest_path
+from tests.data.killed import STEPS, in_child
 
 ENDINGS = ("bin", "idx", "manifest.json", "faults.txt")
-STEPS = ("open", "os.")  # audit events: files opened, cut, linked, renamed, removed
-RAISED = 255  # exit code of a child that an exception ended
-
-
-def in_child(work: Callable[[], Any]) -> int:
-    """Run something in a process of its own; returns its exit code, minus the signal that ended it.
-
-    An exception there fails the test.
-    """
-    pid = os.fork()
-    if not pid:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(RAISED)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code != RAISED, "an exception in the child, told on standard error"
-    return code
 
 
 def test_an_exception_of_a_child_fails_its_test() -> None:

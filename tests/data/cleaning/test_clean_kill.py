@@ -18,6 +18,7 @@ import pytest
 from megatron_cpt.data import blocks, ordered
 from megatron_cpt.data.cleaning import Profile, clean_files, load_profile
 from megatron_cpt.errors import DataError
+from tests.data.killed import STEPS, in_child
 
 PROFILE = """
 about: texts of this test
@@ -27,7 +28,6 @@ rules:
   runs: {metric: longest_run, at_most: 20, reason: "rulers"}
 duplicates: {threshold: 0.8, num_permutations: 32}
 """
-STEPS = ("open", "os.")  # audit events: files opened, cut, linked, renamed, removed
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +58,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks and a journal of many entries, as in files of gigabytes."""
     monkeypatch.setattr(blocks, "CUT_BYTES", 8192)
     monkeypatch.setattr(ordered, "COMMIT_BYTES", 16384)
-
-
-def in_child(work: Callable[[], Any]) -> int:
-    """Run something in a process of its own; returns its exit code, minus the signal that ended it."""
-    pid = os.fork()
-    if not pid:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def kill_at(step: int) -> Callable[[], int]:
@@ -110,7 +99,7 @@ def test_killed_at_every_kind_of_step_the_output_is_the_same(
 
     def killed(step: int, folder: Path) -> None:
         kill_at(step)
-        clean(folder)
+        finish(folder, clean)
 
     def counted(folder: Path) -> None:
         steps = kill_at(0)
