@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
+from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit, progress
+
+if TYPE_CHECKING:
+    from megatron_cpt.config.surgery import Method
 
 app = typer.Typer(help="Fit a model's embedding and head to another vocabulary.", no_args_is_help=True)
 
@@ -20,26 +24,35 @@ def plan(
     new_tokenizer: Annotated[Path, typer.Option(help="Folder of the new tokenizer, with its vocab_map.json.")],
     output: Annotated[Path, typer.Option(help="Folder of the plan to write: new or empty.")],
     method: Annotated[str, typer.Option(help="How rows of new pieces are made, in both matrices.")] = "mean",
+    embedding: Annotated[str | None, typer.Option(help="The method for the embedding, where it is another.")] = None,
+    head: Annotated[str | None, typer.Option(help="The method for the head, where it is another.")] = None,
+    settings: SetOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a plan: which old rows make each new row. No model is needed."""
+    """Write a plan: which old rows make each new row. The base model is not needed.
+
+    `--set top_k=5` is for the methods of both matrices, `--set head.top_k=5` for one of them.
+    """
     from megatron_cpt.config.folders import check_free
     from megatron_cpt.errors import InputError, TokenizerError
-    from megatron_cpt.surgery import plan_surgery
+    from megatron_cpt.surgery import Tokenizers, plan_surgery
     from megatron_cpt.tokenizer import VocabMap, load_tokenizer
 
+    of_embedding = _method("embedding", embedding or method, settings or ())
+    of_head = _method("head", head or method, settings or ())
     vocab_map = VocabMap.load(new_tokenizer)
-    for name, path, expected in (
-        ("old", old_tokenizer, vocab_map.old_sha256),
-        ("new", new_tokenizer, vocab_map.new_sha256),
+    tokenizers = Tokenizers(load_tokenizer(old_tokenizer), load_tokenizer(new_tokenizer))
+    for name, path, found, expected in (
+        ("old", old_tokenizer, tokenizers.old, vocab_map.old_sha256),
+        ("new", new_tokenizer, tokenizers.new, vocab_map.new_sha256),
     ):
-        if load_tokenizer(path).sha256 != expected:
+        if found.sha256 != expected:
             raise TokenizerError(
                 f"{path} is not the {name} tokenizer of the vocabulary map in {new_tokenizer}: name the tokenizer that "
                 "was extended, and the folder that the extension wrote"
             )
-    made = plan_surgery(vocab_map, method, method)
+    made = plan_surgery(vocab_map, of_embedding, of_head, tokenizers)
     if dry_run:
         check_free(output, InputError)
     else:
@@ -78,6 +91,21 @@ def show(
 
     loaded = SurgeryPlan.load(plan)
     emit(loaded.facts() if row is None else loaded.row(row), as_json, _facts)
+
+
+def _method(matrix: str, name: str, settings: Sequence[str]) -> Method:
+    """A matrix's method with those of the settings that are for it."""
+    from megatron_cpt.config.layers import Layers
+    from megatron_cpt.config.surgery import parse_method
+
+    layers = Layers("--set", {"method": name})
+    for setting in settings:
+        first, dot, rest = setting.partition(".")
+        if not (dot and first in ("embedding", "head")):
+            layers.override(setting)
+        elif first == matrix:
+            layers.override(rest)
+    return parse_method(layers.tree)
 
 
 def _facts(value: dict[str, Any]) -> Any:

@@ -127,6 +127,10 @@ def _problem(
 def _expected(error: ErrorDetails) -> str:
     if error["type"] == "model_type":
         return "keys with values"
+    if error["type"] == "union_tag_invalid":
+        return f"one of {error['ctx']['expected_tags']}"
+    if error["type"] == "union_tag_not_found":
+        return "a name, or keys with values and `method` among them"
     if error["type"] == "string_pattern_mismatch":  # the only pattern there is
         return LANGUAGE_RULE
     text = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
@@ -139,6 +143,7 @@ def _place(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str
     path: list[str] = []
     holder: type[BaseModel] = model
     section: type[BaseModel] | None = model
+    union: list[type[BaseModel]] = []  # the sections that may stand at this place
     is_chosen = False  # the next name is one that the user chose
     for part in loc:
         # Below a plain value a name is pydantic's for a member of a union, not a key.
@@ -147,19 +152,33 @@ def _place(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str
         elif is_chosen and section is not None:
             path.append(part)
             is_chosen = False
+        elif (chosen := next((one for one in union if _is_tag(part, one)), None)) is not None:
+            section, union = chosen, []
         elif section is not None and part != section.__name__:
             path.append(part)
             holder = section
             known = section.model_fields.get(part)
-            section = _section_in(known.annotation) if known else None
+            union = list(_sections_in(known.annotation)) if known else []
+            section = union[0] if union else None
             is_chosen = known is not None and get_origin(known.annotation) is dict
     return path, holder
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
+    return next(_sections_in(annotation), None)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
+
+
+def _is_tag(part: str, section: type[BaseModel]) -> bool:
+    """Whether `part` is the name by which a method's section is chosen among others."""
+    known = section.model_fields.get("method")
+    return known is not None and part in get_args(known.annotation)
 
 
 def _nearest(path: list[str], section: type[BaseModel], model: type[BaseModel]) -> str:

@@ -9,24 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from megatron_cpt.config.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from megatron_cpt.config.surgery import SurgeryConfig
+
 Implementation = Literal["auto", "torch"]
 # A language names files and metrics, so it must not be able to name another folder.
 LANGUAGE_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 LANGUAGE_RULE = "a name of letters, digits, '-' and '_' that begins with a letter, such as ja"
 Language = Annotated[str, Field(pattern=LANGUAGE_PATTERN)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused and values cannot be changed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class RopeScaling(Section):
@@ -234,13 +226,6 @@ class TokenizerConfig(Section):
     num_pieces: Positive = 4096  # pieces of the target-language model that are offered
     script: Literal["ja", "ko", "de", "any"] = "ja"
     divisor: Positive = 8  # the extended size is a multiple of this, reached by dropping the last pieces
-
-
-class SurgeryConfig(Section):
-    """How the rows of new pieces are made, for each matrix."""
-
-    embedding: Literal["mean"] = "mean"
-    head: Literal["mean"] = "mean"
 
 
 class AdaptConfig(LearnConfig):

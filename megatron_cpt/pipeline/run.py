@@ -28,7 +28,7 @@ from megatron_cpt.pipeline.measuring import Paths, tokenizer_facts, write_run_re
 from megatron_cpt.pipeline.steps import Steps
 from megatron_cpt.reporting.report import REPORT_JSON, REPORT_MD
 from megatron_cpt.runtime.lock import lock_folder
-from megatron_cpt.surgery import apply_surgery, plan_surgery
+from megatron_cpt.surgery import Tokenizers, apply_surgery, plan_surgery
 from megatron_cpt.tokenizer import VocabMap, extend_tokenizer, load_tokenizer, train_tokenizer
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.job import run_job
@@ -202,11 +202,13 @@ class Run:
 
         def operate() -> dict[str, Any]:
             vocab_map = VocabMap.load(paths.tokenizer / "vocab_map.json")
-            plan = plan_surgery(vocab_map, surgery.embedding, surgery.head)
+            tokenizers = Tokenizers(load_tokenizer(paths.base_tokenizer), load_tokenizer(paths.tokenizer))
+            plan = plan_surgery(vocab_map, surgery.embedding, surgery.head, tokenizers)
             plan.save(paths.surgery / "plan", paths.tokenizer)
             return apply_surgery(plan, paths.base_model, paths.operated_model, paths.tokenizer)
 
-        title = f"vocabulary surgery: {surgery.embedding} for the embedding, {surgery.head} for the head"
+        names = (surgery.embedding.method, surgery.head.method)
+        title = "vocabulary surgery: {} for the embedding, {} for the head".format(*names)
         self.steps.add("surgery", title, surgery.model_dump(), ("base", "tokenizer"), operate, makes=(paths.surgery,))
 
     def _shards(self) -> None:

@@ -1,14 +1,24 @@
 """Vocabulary surgery: the embedding and the head of a model follow its tokenizer.
 
-A `SurgeryPlan` holds one `RowMix` for each matrix, made by a method from a vocabulary map without any
-model; `apply_surgery` carries a model over.
+A `SurgeryPlan` holds one `MatrixPlan` for each matrix, made by a method from a vocabulary map; a `RowMaker`
+makes the rows of one matrix from the old table, and `apply_surgery` carries a model over.
 """
 
 from __future__ import annotations
 
 from megatron_cpt.surgery.apply import apply_surgery
-from megatron_cpt.surgery.methods import METHODS
+from megatron_cpt.surgery.matrix import MatrixPlan, RowMaker
+from megatron_cpt.surgery.methods import METHOD_NAMES, Tokenizers
 from megatron_cpt.surgery.plan import SurgeryPlan, plan_surgery
 from megatron_cpt.surgery.row_mix import RowMix
 
-__all__ = ["METHODS", "RowMix", "SurgeryPlan", "apply_surgery", "plan_surgery"]
+__all__ = [
+    "METHOD_NAMES",
+    "MatrixPlan",
+    "RowMaker",
+    "RowMix",
+    "SurgeryPlan",
+    "Tokenizers",
+    "apply_surgery",
+    "plan_surgery",
+]

@@ -17,11 +17,10 @@ from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, recorded_tok
 from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.config.manifest import sha256_file
 from megatron_cpt.errors import CheckpointError, TokenizerError
+from megatron_cpt.surgery.matrix import MatrixPlan, RowMaker
 from megatron_cpt.surgery.plan import SurgeryPlan
-from megatron_cpt.surgery.row_mix import RowMix
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
-_BLOCK_ROWS = 4096
 # More unused rows than any padding leaves (a multiple of 128 for 8 tensor-parallel ranks) look like another vocabulary.
 _MOST_PADDING = 1024
 
@@ -62,8 +61,8 @@ def apply_surgery(
     tied = reader.llama.tied_embeddings
     if tied and not _same(plan.embedding, plan.head):
         raise CheckpointError(
-            f"{source_hf} ties its head to its embedding, yet the plan makes them by {plan.method_embedding!r} and "
-            f"{plan.method_head!r}: plan with one method for both"
+            f"{source_hf} ties its head to its embedding, yet the plan makes them by {dict(plan.embedding.method)} and "
+            f"{dict(plan.head.method)}: plan with one method for both"
         )
     mixes = {EMBEDDING: plan.embedding, HEAD: plan.head}
     entries = []
@@ -91,14 +90,14 @@ def apply_surgery(
     return {"source": str(source_hf), "destination": str(destination_hf), **facts, **written}
 
 
-def _remade(mix: RowMix, read: Callable[[], Tensor]) -> Any:
+def _remade(matrix: MatrixPlan, read: Callable[[], Tensor]) -> Any:
     """The blocks of a remade matrix; the old one is read when its turn comes."""
-    return mix.blocks(read(), _BLOCK_ROWS)
+    return RowMaker(matrix, read()).blocks()
 
 
-def _same(left: RowMix, right: RowMix) -> bool:
-    parts = ("indptr", "indices", "weights")
-    return all(torch.equal(getattr(left, part), getattr(right, part)) for part in parts)
+def _same(left: MatrixPlan, right: MatrixPlan) -> bool:
+    ours, theirs = left.tensors(), right.tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[part], theirs[part]) for part in ours)
 
 
 def _new_tokenizer(plan: SurgeryPlan, folder: Path) -> Tokenizer:
@@ -131,8 +130,7 @@ def _check_fits(plan: SurgeryPlan, source: Path, vocab_size: int) -> int:
 def _adapted_config(config: dict[str, Any], plan: SurgeryPlan, tokenizer: Tokenizer) -> dict[str, Any]:
     """The source's config.json with the new vocabulary's size and ids."""
     # New pieces may be copies too, of an old piece that the old tokenizer reads them as; they are not that piece.
-    kept = [id for id, origin in enumerate(plan.origins) if origin != "new"]
-    new_ids = {int(plan.embedding.indices[plan.embedding.indptr[id]]): id for id in kept}
+    new_ids = {old: new for new, old in plan.kept().items()}
 
     def moved(value: Any) -> Any:
         if isinstance(value, list):

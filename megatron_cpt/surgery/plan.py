@@ -21,9 +21,10 @@ from megatron_cpt.config.manifest import (
     write_json_atomic,
     write_manifest,
 )
+from megatron_cpt.config.surgery import Method, PiecesMethod
 from megatron_cpt.errors import InputError
-from megatron_cpt.surgery.methods import make_mix
-from megatron_cpt.surgery.row_mix import RowMix
+from megatron_cpt.surgery.matrix import MatrixPlan
+from megatron_cpt.surgery.methods import Tokenizers, make_matrix
 from megatron_cpt.tokenizer import VocabMap
 from megatron_cpt.tokenizer.vocab_map import Origin
 
@@ -31,7 +32,9 @@ FACTS = "plan.json"
 MATRICES = "plan.safetensors"
 TOKENIZER = "tokenizer"
 _ORIGINS: tuple[str, ...] = get_args(Origin)
-_FIELDS = ("old_size", "new_size", "old_sha256", "new_sha256", "method_embedding", "method_head")
+_FIELDS = ("old_size", "new_size", "old_sha256", "new_sha256")
+_MATRICES = ("embedding", "head")
+_DEFAULT = PiecesMethod()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +48,33 @@ class SurgeryPlan:
     new_size: int
     old_sha256: str
     new_sha256: str
-    method_embedding: str
-    method_head: str
-    embedding: RowMix
-    head: RowMix
+    embedding: MatrixPlan
+    head: MatrixPlan
     origins: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
-        """Sizes, hashes, methods, and the number of rows of each origin."""
+        """Sizes, hashes, methods, the number of rows of each origin, and of old rows that are left out."""
         counts = Counter(self.origins)
         rows = {origin: counts[origin] for origin in _ORIGINS}
-        return {**{field: getattr(self, field) for field in _FIELDS}, "rows": rows}
+        methods = {name: dict(self.matrix(name).method) for name in _MATRICES}
+        stated = {field: getattr(self, field) for field in _FIELDS}
+        return {**stated, "methods": methods, "rows": rows, "removed": len(self.removed())}
+
+    def matrix(self, name: str) -> MatrixPlan:
+        """The plan of "embedding" or "head"."""
+        return self.embedding if name == "embedding" else self.head
+
+    def kept(self) -> dict[int, int]:
+        """New id -> old id of every row that is carried over as itself."""
+        mix = self.embedding.mix
+        single = mix.copied().tolist()
+        first = mix.indptr[:-1].tolist()
+        ids = (id for id, origin in enumerate(self.origins) if origin != "new" and single[id])
+        return {id: int(mix.indices[first[id]]) for id in ids}
+
+    def removed(self) -> list[int]:
+        """Old ids whose rows are not carried over, ascending."""
+        return sorted(set(range(self.old_size)) - set(self.kept().values()))
 
     def save(self, folder: str | Path, tokenizer_folder: str | Path | None = None) -> None:
         """Write the plan to a new folder: plan.json, plan.safetensors, and the manifest last.
@@ -68,11 +87,11 @@ class SurgeryPlan:
             InputError: `folder` is taken.
         """
         tensors = {"origins": torch.tensor([_ORIGINS.index(origin) for origin in self.origins], dtype=torch.uint8)}
-        for name, mix in (("embedding", self.embedding), ("head", self.head)):
-            tensors |= {f"{name}.indptr": mix.indptr, f"{name}.indices": mix.indices, f"{name}.weights": mix.weights}
+        for name in _MATRICES:
+            tensors |= {f"{name}.{part}": tensor for part, tensor in self.matrix(name).tensors().items()}
         with new_folder(Path(folder), InputError) as staged:
             write_json_atomic(staged / FACTS, self.facts())
-            (staged / MATRICES).write_bytes(safetensors.torch.save(tensors))
+            (staged / MATRICES).write_bytes(safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}))
             if tokenizer_folder is not None:
                 shutil.copytree(tokenizer_folder, staged / TOKENIZER)
             inputs = {"old_tokenizer": self.old_sha256, "new_tokenizer": self.new_sha256}
@@ -94,49 +113,53 @@ class SurgeryPlan:
         facts = read_json(folder / FACTS)
         try:
             tensors = safetensors.torch.load_file(folder / MATRICES)
-            embedding, head = (
-                RowMix(facts["old_size"], *(tensors[f"{name}.{part}"] for part in ("indptr", "indices", "weights")))
-                for name in ("embedding", "head")
-            )
+            embedding, head = (_matrix(name, tensors, facts) for name in _MATRICES)
             origins = tuple(_ORIGINS[code] for code in tensors["origins"].tolist())
             stated = {field: facts[field] for field in _FIELDS}
             plan = cls(embedding=embedding, head=head, origins=origins, **stated)
         except (KeyError, IndexError, SafetensorError) as caught:
             raise InputError(f"{folder} holds a plan of another format ({caught!r}): make the plan again") from None
-        if {plan.embedding.num_new_rows, plan.head.num_new_rows, len(origins)} != {plan.new_size}:
+        if {plan.embedding.mix.num_new_rows, plan.head.mix.num_new_rows, len(origins)} != {plan.new_size}:
             raise InputError(f"{folder} has matrices of other sizes than {plan.new_size} rows: make the plan again")
         return plan
 
     def row(self, new_id: int) -> dict[str, Any]:
-        """What one new row is: its origin, and the old ids and weights for both matrices."""
+        """What one new row is: its origin, and what makes it in both matrices."""
         if not 0 <= new_id < self.new_size:
             raise InputError(f"row {new_id} is not in the plan: expected 0 to {self.new_size - 1}")
-        described: dict[str, Any] = {"id": new_id, "origin": self.origins[new_id]}
-        for name, mix in (("embedding", self.embedding), ("head", self.head)):
-            old_ids, weights = mix.row(new_id)
-            described[name] = {"old_ids": old_ids, "weights": weights}
-        return described
+        made = {name: self.matrix(name).describe(new_id) for name in _MATRICES}
+        return {"id": new_id, "origin": self.origins[new_id], **made}
 
 
-def plan_surgery(vocab_map: VocabMap, method_embedding: str = "mean", method_head: str = "mean") -> SurgeryPlan:
-    """Plan how the two vocabulary matrices follow a change of vocabulary; no model is needed.
+def _matrix(name: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> MatrixPlan:
+    prefix = f"{name}."
+    mine = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return MatrixPlan.from_tensors(mine, facts["old_size"], facts["methods"][name])
+
+
+def plan_surgery(
+    vocab_map: VocabMap,
+    embedding: Method = _DEFAULT,
+    head: Method = _DEFAULT,
+    tokenizers: Tokenizers | None = None,
+) -> SurgeryPlan:
+    """Plan how the two vocabulary matrices follow a change of vocabulary; the base model is not needed.
 
     Args:
         vocab_map: where each new id comes from.
-        method_embedding: name of the method for rows of new pieces in the embedding; see `METHODS`.
-        method_head: the same for the head.
+        embedding: how rows of new pieces are made in the embedding; by default the mean of the old pieces.
+        head: the same for the head.
+        tokenizers: the old and the new one, for methods that read text.
 
     Raises:
-        ConfigError: a method is unknown.
+        CptError: what a method needs is missing or does not fit.
     """
     return SurgeryPlan(
         vocab_map.old_size,
         vocab_map.new_size,
         vocab_map.old_sha256,
         vocab_map.new_sha256,
-        method_embedding,
-        method_head,
-        make_mix(method_embedding, vocab_map),
-        make_mix(method_head, vocab_map),
+        make_matrix(embedding, vocab_map, 0, tokenizers),
+        make_matrix(head, vocab_map, 1, tokenizers),
         tuple(entry.origin for entry in vocab_map.entries),
     )

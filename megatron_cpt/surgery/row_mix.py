@@ -1,8 +1,8 @@
-"""New vocabulary rows as weighted sums of old ones: new_WD = M_WV @ old_VD, with M sparse."""
+"""Rows as weighted sums of old rows: new_WD = M_WV @ old_VD, with M sparse."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ class RowMix:
     """A sparse matrix M with one row for every new vocabulary row (W new rows from V old ones).
 
     Row i is `weights[indptr[i]:indptr[i+1]]` at the old rows `indices[indptr[i]:indptr[i+1]]`. A row of one
-    index with weight 1 is a copy.
+    index with weight 1 is a copy, a row of none is zero.
 
     Attributes:
         num_old_rows: V, the old vocabulary's true size.
@@ -27,7 +27,7 @@ class RowMix:
         weights: float32, as many as indices.
 
     Raises:
-        InputError: the arrays do not describe such a matrix, or a row has no source.
+        InputError: the arrays do not describe such a matrix.
     """
 
     num_old_rows: int
@@ -43,15 +43,14 @@ class RowMix:
             and len(indptr) > 1
             and len(indices) == len(weights) == int(indptr[-1])
             and int(indptr[0]) == 0
-            and bool((indptr[1:] > indptr[:-1]).all())
-            and int(indices.min()) >= 0
-            and int(indices.max()) < self.num_old_rows
+            and bool((indptr[1:] >= indptr[:-1]).all())
+            and bool(((indices >= 0) & (indices < self.num_old_rows)).all())
             and bool(weights.isfinite().all())
         )
         if not sound:
             raise InputError(
-                f"a row mix over {self.num_old_rows} old rows is damaged: expected for every new row at least one old "
-                "row in range and a finite weight; make the plan again"
+                f"a row mix over {self.num_old_rows} old rows is damaged: expected rows of old row numbers in range, "
+                "each with a finite weight; make the plan again"
             )
 
     @classmethod
@@ -83,8 +82,16 @@ class RowMix:
 
     def copied(self) -> Tensor:
         """For every new row, whether it is a copy of one old row (bool, W)."""
-        first = self.indptr[:-1]
-        return (self.indptr.diff() == 1) & (self.weights[first] == 1.0)
+        single = self.indptr.diff() == 1
+        single[single.clone()] = self.weights[self.indptr[:-1][single]] == 1.0
+        return single
+
+    def only(self, kept_W: Tensor) -> RowMix:
+        """The same mix with all other rows zero (`kept_W`: bool, W)."""
+        count = torch.where(kept_W, self.indptr.diff(), 0)
+        used = torch.repeat_interleave(kept_W, self.indptr.diff())
+        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
+        return RowMix(self.num_old_rows, indptr, self.indices[used], self.weights[used])
 
     def apply(self, old_VD: Tensor, rows: slice | None = None) -> Tensor:
         """Make new rows from the old table.
@@ -103,32 +110,33 @@ class RowMix:
         Raises:
             CheckpointError: `old_VD` has fewer rows than the mix draws from.
         """
+        start, stop, step = (rows or slice(None)).indices(self.num_new_rows)
+        wanted = torch.arange(start, stop, step)
+        self.check_table(old_VD)
+        copied = self.copied()[wanted]
+        new = old_VD.new_zeros(len(wanted), old_VD.shape[1])
+        sources = self.indices[self.indptr[wanted[copied]]]
+        new[copied.to(new.device)] = old_VD.index_select(0, sources.to(old_VD.device))
+        for block in torch.nonzero(~copied).flatten().split(_BLOCK_ROWS):
+            if len(block):
+                new[block.to(new.device)] = self.mixed(old_VD, wanted[block]).to(old_VD.dtype)
+        return new
+
+    def check_table(self, old_VD: Tensor) -> None:
+        """Raise CheckpointError where an old table has fewer rows than the mix draws from."""
         if old_VD.ndim != 2 or old_VD.shape[0] < self.num_old_rows:
             raise CheckpointError(
                 f"got an old table of shape {tuple(old_VD.shape)}, expected at least {self.num_old_rows} rows: "
                 "the plan was made for another vocabulary"
             )
-        start, stop, step = (rows or slice(None)).indices(self.num_new_rows)
-        wanted = torch.arange(start, stop, step)
-        first = self.indptr[wanted]
-        new = old_VD.index_select(0, self.indices[first].to(old_VD.device))
-        mixed = torch.nonzero(~self.copied()[wanted]).flatten()
-        for block in mixed.split(_BLOCK_ROWS) if len(mixed) else ():
-            new[block.to(old_VD.device)] = self._mixed(old_VD, wanted[block]).to(old_VD.dtype)
-        return new
 
-    def _mixed(self, old_VD: Tensor, new_rows: Tensor) -> Tensor:
-        """Weighted sums in fp32 of some new rows."""
+    def mixed(self, old_VD: Tensor, new_rows: Tensor) -> Tensor:
+        """Weighted sums in fp32 of some new rows (int64 row numbers)."""
         first, count = self.indptr[new_rows], self.indptr[new_rows + 1] - self.indptr[new_rows]
         total = torch.zeros(len(new_rows), old_VD.shape[1], dtype=torch.float32, device=old_VD.device)
-        for place in range(int(count.max())):
+        for place in range(int(count.max()) if len(count) else 0):
             having = torch.nonzero(count > place).flatten()
             at = first[having] + place
             terms = old_VD.index_select(0, self.indices[at].to(old_VD.device)).float()
             total[having.to(old_VD.device)] += terms * self.weights[at, None].to(old_VD.device)
         return total
-
-    def blocks(self, old_VD: Tensor, block_rows: int) -> Iterator[Tensor]:
-        """All new rows in order, `block_rows` at a time."""
-        for start in range(0, self.num_new_rows, block_rows):
-            yield self.apply(old_VD, slice(start, start + block_rows))

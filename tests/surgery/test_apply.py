@@ -14,7 +14,7 @@ import transformers
 
 from megatron_cpt.checkpoint import open_hf, read_checkpoint_manifest
 from megatron_cpt.errors import CheckpointError, TokenizerError
-from megatron_cpt.surgery import RowMix, SurgeryPlan, apply_surgery, plan_surgery
+from megatron_cpt.surgery import MatrixPlan, RowMix, SurgeryPlan, apply_surgery, plan_surgery
 from megatron_cpt.tokenizer import VocabMap, load_tokenizer
 
 Make = Callable[..., Path]
@@ -135,7 +135,8 @@ def test_what_does_not_belong_together(
     recorded = shutil.copytree(source, tmp_path / "recorded")
     (recorded / "manifest.json").write_text(json.dumps({"kind": "checkpoint", "tokenizer_sha256": "0" * 64}))
     tied = make_model(plan.old_size, True)
-    different = replace(plan, head=RowMix.from_rows([([0], [1.0])] * plan.new_size, plan.old_size))
+    first = RowMix.from_rows([([0], [1.0])] * plan.new_size, plan.old_size)
+    different = replace(plan, head=MatrixPlan(first, plan.head.new_rows, {"method": "first"}))
     cases = [
         (plan, make_model(plan.old_size - 1), new_tokenizer, CheckpointError, "329 rows"),
         (plan, make_model(plan.old_size + 1024), new_tokenizer, CheckpointError, "1354 rows"),

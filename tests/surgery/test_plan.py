@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_cpt.config.surgery import parse_method
 from megatron_cpt.errors import ConfigError, InputError
-from megatron_cpt.surgery import SurgeryPlan, plan_surgery
+from megatron_cpt.surgery import RowMaker, SurgeryPlan, plan_surgery
 from megatron_cpt.tokenizer import Entry, VocabMap, load_tokenizer
 
 
@@ -28,7 +29,7 @@ def test_mean_of_pieces(vocab_map: VocabMap, old_tokenizer: Path, new_tokenizer:
         assert described["embedding"]["weights"] == pytest.approx([1 / len(cut)] * len(cut))
     old_VD = torch.randn(old.vocab_size, 5, dtype=torch.float64)
     last = plan.row(new.vocab_size - 1)["head"]["old_ids"]
-    made = plan.head.apply(old_VD.float())[-1]
+    made = RowMaker(plan.head, old_VD.float()).rows(new.vocab_size - 1, new.vocab_size)[0]
     torch.testing.assert_close(made, old_VD[last].mean(0).float(), rtol=1e-6, atol=1e-6)
 
 
@@ -38,8 +39,10 @@ def test_permuted_vocabulary() -> None:
     plan = plan_surgery(VocabMap(4, 3, "old", "new", entries))
     old_VD = torch.arange(8.0).reshape(4, 2)
     expected = torch.stack([old_VD[2], old_VD[0], (2 * old_VD[1] + old_VD[3]) / 3])
-    torch.testing.assert_close(plan.embedding.apply(old_VD), expected)
-    assert plan.facts()["rows"] == {"kept": 1, "new": 1, "byte": 0, "special": 1}
+    torch.testing.assert_close(RowMaker(plan.embedding, old_VD).rows(0, 3), expected)
+    rows = {origin: count for origin, count in plan.facts()["rows"].items() if count}
+    assert rows == {"kept": 1, "new": 1, "special": 1}
+    assert plan.kept() == {0: 2, 1: 0} and plan.removed() == [1, 3]
 
 
 def test_saved_and_read(vocab_map: VocabMap, new_tokenizer: Path, tmp_path: Path) -> None:
@@ -52,18 +55,22 @@ def test_saved_and_read(vocab_map: VocabMap, new_tokenizer: Path, tmp_path: Path
         assert (tmp_path / "plan" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     loaded = SurgeryPlan.load(tmp_path / "plan")
     assert loaded.facts() == plan.facts() and loaded.origins == plan.origins
-    for left, right in ((loaded.embedding, plan.embedding), (loaded.head, plan.head)):
-        assert left.num_old_rows == right.num_old_rows
-        assert torch.equal(left.indptr, right.indptr)
-        assert torch.equal(left.indices, right.indices)
-        assert torch.equal(left.weights, right.weights)
+    for name in ("embedding", "head"):
+        left, right = loaded.matrix(name).tensors(), plan.matrix(name).tensors()
+        assert left.keys() == right.keys() and all(torch.equal(left[part], right[part]) for part in left)
     with pytest.raises(InputError, match="already holds files"):
         plan.save(tmp_path / "plan")
 
 
 def test_unknown_method_and_row(vocab_map: VocabMap) -> None:
-    with pytest.raises(ConfigError, match="expected one of mean"):
-        plan_surgery(vocab_map, "mean", "median")
+    for value, message in (
+        ("median", "'median' is unknown: expected one of mean, "),
+        ({"method": "clp"}, "clp needs helper"),
+        ({"method": "mean", "top_k": 3}, "mean has no setting top_k"),
+        ({"method": "normal", "std": -1.0}, "std is -1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_method(value)
     with pytest.raises(InputError, match="expected 0 to"):
         plan_surgery(vocab_map).row(vocab_map.new_size)
 

@@ -72,7 +72,19 @@ def test_a_slice_is_a_slice(start: int, length: int, seed: int) -> None:
     whole_WD = mix.apply(old_VD)
     rows = slice(start, start + length)
     assert torch.equal(mix.apply(old_VD, rows), whole_WD[rows])
-    assert torch.equal(torch.cat(list(mix.blocks(old_VD, 1 + length))), whole_WD)
+    parts = [mix.apply(old_VD, slice(at, at + 1 + length)) for at in range(0, 97, 1 + length)]
+    assert torch.equal(torch.cat(parts), whole_WD)
+
+
+def test_a_row_of_nothing_is_zero() -> None:
+    mix = RowMix.from_rows([([1], [1.0]), ([], []), ([0, 1], [0.5, 0.5]), ([], [])], 2)
+    old_VD = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert mix.apply(old_VD).tolist() == [[3.0, 4.0], [0.0, 0.0], [2.0, 3.0], [0.0, 0.0]]
+    assert mix.copied().tolist() == [True, False, False, False]
+    kept = mix.only(torch.tensor([True, True, False, True]))
+    assert kept.apply(old_VD).tolist() == [[3.0, 4.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    nothing = RowMix.from_rows([([], [])], 2)
+    assert nothing.apply(old_VD).tolist() == [[0.0, 0.0]]
 
 
 def test_padding_is_never_used() -> None:
@@ -87,7 +99,6 @@ def test_padding_is_never_used() -> None:
 @pytest.mark.parametrize(
     ("rows", "num_old"),
     [
-        ([([], [])], 4),
         ([], 4),
         ([([4], [1.0])], 4),
         ([([-1], [1.0])], 4),

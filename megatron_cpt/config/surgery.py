@@ -1,0 +1,129 @@
+"""How the rows of new pieces are made: one section for each method, with the settings that it has.
+
+In a configuration a method without settings of its own may stand as its name alone: `embedding: mean`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from megatron_cpt.config.section import NonNegative, Positive, PositiveFloat, Section
+from megatron_cpt.errors import ConfigError
+
+
+class Method(Section):
+    """What every method has.
+
+    `copy_kept: false` makes the rows of pieces that the base has anew as well, as a control; bytes and
+    specials too. `match_norm` scales each new row to the mean norm of the old rows.
+    """
+
+    match_norm: bool = False
+    copy_kept: bool = True
+
+
+class PiecesMethod(Method):
+    """From the rows of the old pieces that a new piece is cut into.
+
+    mean: their mean. first, last: that one's row. position: weighted 1, 2, ..., n.
+    """
+
+    method: Literal["mean", "first", "last", "position"] = "mean"
+
+
+class SameMethod(Method):
+    """One row for all new pieces: zero, or the mean of all old rows."""
+
+    method: Literal["zero", "global_mean"]
+
+
+class InheritMethod(Method):
+    """The row that the base has at the same id, whatever its piece; the mean of old pieces beyond the base's size."""
+
+    method: Literal["inherit"]
+
+
+class NormalMethod(Method):
+    """Independent N(0, std) numbers: what a new model begins with."""
+
+    method: Literal["normal"]
+    std: PositiveFloat = 0.02
+    seed: NonNegative = 1
+
+
+class CovarianceMethod(Method):
+    """A draw from the normal distribution that has the old rows' mean and covariance."""
+
+    method: Literal["covariance"]
+    seed: NonNegative = 1
+
+
+class ClpMethod(Method):
+    """CLP-Transfer: old rows of shared pieces, weighted by similarity in a helper model of the new tokenizer.
+
+    topk: softmax(cosine / temperature) over the `top_k` most similar. clamped: cosines, the negative ones 0.
+    published: all cosines, signed, by their sum.
+    """
+
+    method: Literal["clp"]
+    helper: str  # Hugging Face folder of a model with the new tokenizer
+    form: Literal["topk", "clamped", "published"] = "topk"
+    top_k: Positive = 10
+    temperature: PositiveFloat = 0.1
+
+
+METHODS = (PiecesMethod, SameMethod, InheritMethod, NormalMethod, CovarianceMethod, ClpMethod)
+METHOD_NAMES: tuple[str, ...] = tuple(
+    name for section in METHODS for name in get_args(section.model_fields["method"].annotation)
+)
+
+
+def _by_name(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+MatrixMethod = Annotated[
+    PiecesMethod | SameMethod | InheritMethod | NormalMethod | CovarianceMethod | ClpMethod,
+    Field(discriminator="method"),
+    BeforeValidator(_by_name),
+]
+
+
+class SurgeryConfig(Section):
+    """How the rows of new pieces are made, for each matrix."""
+
+    embedding: MatrixMethod = PiecesMethod()
+    head: MatrixMethod = PiecesMethod()
+
+
+def parse_method(value: Any) -> Method:
+    """A method from its name, or from its name and settings as a mapping.
+
+    Raises:
+        ConfigError: no such method, or a setting that it does not have; one line for each problem.
+    """
+    try:
+        parsed: Method = TypeAdapter(MatrixMethod).validate_python(value)
+    except ValidationError as caught:
+        raise ConfigError("\n".join(_lines(caught, value))) from None
+    return parsed
+
+
+def _lines(caught: ValidationError, value: Any) -> Sequence[str]:
+    name = value.get("method") if isinstance(value, dict) else value
+    lines = []
+    for error in caught.errors(include_url=False):
+        if error["type"].startswith("union_tag"):
+            lines.append(f"surgery method {name!r} is unknown: expected one of {', '.join(METHOD_NAMES)}")
+            continue
+        setting = ".".join(str(part) for part in error["loc"][1:])
+        if error["type"] == "missing":
+            lines.append(f"surgery method {name} needs {setting}: give --set {setting}=VALUE")
+        elif error["type"] == "extra_forbidden":
+            lines.append(f"surgery method {name} has no setting {setting}: leave it out")
+        else:
+            lines.append(f"surgery method {name}: {setting} is {error['input']!r}; {error['msg']}")
+    return lines
