@@ -39,6 +39,59 @@ def byte_level(tmp_path: Path, english: list[str]) -> Path:
     return folder
 
 
+def test_bytes_of_pieces_spell_the_text(base: Path, byte_level: Path, english: list[str], japanese: list[str]) -> None:
+    texts = [*english[:50], *japanese[:50], "tab\t nul\0 \r\n  run", "\U0001f468\u200d\U0001f469 \u00e9\U0010ffff"]
+    for path in (base, base / "tokenizer.json", byte_level):
+        tokenizer = load_tokenizer(path)
+        space = "" if path == byte_level else " "  # SentencePiece puts one before a text
+        for text in texts:
+            pieces = [tokenizer.piece_bytes(id) for id in tokenizer.encode(text)]
+            assert b"".join(piece or b"?" for piece in pieces) == (space + text).encode()
+
+
+def test_kinds_of_ids(base: Path, byte_level: Path) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
+    for path in (base, base / "tokenizer.json"):
+        kinds = [load_tokenizer(path).kind(id) for id in range(reference.vocab_size())]
+        assert kinds[:259] == ["special"] * 3 + ["byte"] * 256
+        assert set(kinds[259:]) == {"text"}
+    tokenizer = load_tokenizer(byte_level)
+    assert tokenizer.kind(0) == tokenizer.kind(1) == "special"
+    assert tokenizer.piece_bytes(0) is None
+    singles = [id for id in range(400) if tokenizer.kind(id) == "byte"]
+    assert sorted(tokenizer.piece_bytes(id) or b"" for id in singles) == [bytes([byte]) for byte in range(256)]
+
+
+def test_added_tokens_and_holes(byte_level: Path) -> None:
+    made = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    made.add_special_tokens(["<|reserved|>"])
+    made.add_tokens(["\u00e9t\u00e9"])
+    value = json.loads(made.to_str())
+    value["model"]["vocab"]["\u4e00"] = 402  # no byte is written so
+    value["model"]["vocab"] |= {"<|reserved|>": 400, "\u00e9t\u00e9": 401, "ab cd": 404}
+    (byte_level / "tokenizer.json").write_text(json.dumps(value))
+    tokenizer = load_tokenizer(byte_level)
+    assert [tokenizer.kind(id) for id in range(400, 405)] == ["special", "text", "unused", "unused", "unused"]
+    assert [tokenizer.piece_bytes(id) for id in range(400, 404)] == [None, "\u00e9t\u00e9".encode(), None, None]
+    assert tokenizer.encode("\u00e9t\u00e9") == [401]
+
+
+def test_bytes_inside_a_text(base: Path, byte_level: Path, english: list[str]) -> None:
+    for path in (base, base / "tokenizer.json"):
+        tokenizer = load_tokenizer(path)
+        for word in {word for line in english[:40] for word in line.split()}:
+            assert tokenizer.encode_bytes(b" " + word.encode()) == tokenizer.encode(word)
+            assert tokenizer.encode_bytes(b"\n" + word.encode()) == tokenizer.encode("\n" + word)[1:]
+        assert tokenizer.encode_bytes(b"\x81\xe3") == [3 + 0x81, 3 + 0xE3]
+        mixed = tokenizer.encode_bytes(b"\x81 river\xe3\x81")
+        assert mixed == [3 + 0x81, *tokenizer.encode("river"), 3 + 0xE3, 3 + 0x81]
+    tokenizer = load_tokenizer(byte_level)
+    for data in (b" the river", b"\x81\xe3", "\x81\u3042 river".encode()[1:]):
+        ids = tokenizer.encode_bytes(data)
+        assert b"".join(tokenizer.piece_bytes(id) or b"?" for id in ids) == data
+    assert tokenizer.encode_bytes(b" the river") == tokenizer.encode(" the river")
+
+
 def test_sentencepiece_folder(base: Path, english: list[str]) -> None:
     tokenizer = load_tokenizer(base)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
