@@ -12,7 +12,7 @@ from megatron_cpt.tokenizer.loading import Tokenizer, load_tokenizer
 from megatron_cpt.tokenizer.report import fast_slow_mismatches, measure, source_lines_changed, verify_tokenizer
 from megatron_cpt.tokenizer.scripts import SCRIPTS
 from megatron_cpt.tokenizer.training import TrainReport, train_tokenizer
-from megatron_cpt.tokenizer.vocab_map import Entry, VocabMap
+from megatron_cpt.tokenizer.vocab_map import Entry, VocabMap, map_vocabularies
 
 __all__ = [
     "SCRIPTS",
@@ -24,6 +24,7 @@ __all__ = [
     "extend_tokenizer",
     "fast_slow_mismatches",
     "load_tokenizer",
+    "map_vocabularies",
     "measure",
     "source_lines_changed",
     "train_tokenizer",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from megatron_cpt.tokenizer import extend_tokenizer, train_tokenizer
 from megatron_cpt.tokenizer.hf_files import write_hf_files
@@ -93,4 +95,26 @@ def with_runs(tmp_path_factory: pytest.TempPathFactory, english: list[str], rebu
     runs = [Piece("\u2581" * length, -1e9, PieceType.NORMAL) for length in lengths]
     (folder / "tokenizer.model").write_bytes(rebuild(model, [*model.pieces[:259], *runs, *model.pieces[259:]]))
     write_hf_files(folder)
+    return folder
+
+
+@pytest.fixture
+def byte_level(tmp_path: Path, english: list[str]) -> Path:
+    """A byte-level BPE with special tokens, as Llama 3's: a folder without tokenizer.model."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(english, trainer)
+    made.enable_truncation(4)
+    folder = tmp_path / "byte_level"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

@@ -17,28 +17,6 @@ from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer import load_tokenizer
 
 
-@pytest.fixture
-def byte_level(tmp_path: Path, english: list[str]) -> Path:
-    """A byte-level BPE with special tokens, as Llama 3's: a folder without tokenizer.model."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|begin|>", "<|end|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(english, trainer)
-    made.enable_truncation(4)
-    folder = tmp_path / "byte_level"
-    folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
 def test_bytes_of_pieces_spell_the_text(base: Path, byte_level: Path, english: list[str], japanese: list[str]) -> None:
     texts = [*english[:50], *japanese[:50], "tab\t nul\0 \r\n  run", "\U0001f468\u200d\U0001f469 \u00e9\U0010ffff"]
     for path in (base, base / "tokenizer.json", byte_level):
