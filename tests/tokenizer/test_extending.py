@@ -86,6 +86,7 @@ def test_map(base: Path, extended: Path) -> None:
         "new": new.vocab_size - old.vocab_size,
         "byte": 256,
         "special": 3,
+        "padding": 0,
     }
     prefixed = 0
     for id, entry in enumerate(vocab_map.entries):
