@@ -13,6 +13,7 @@ from megatron_cpt.planning.parameters import (
     count_parameters,
     rank_parameters,
 )
+from megatron_cpt.planning.vocabulary import tensor_parallel_fit, vocabulary_costs
 
 __all__ = [
     "Layout",
@@ -27,4 +28,6 @@ __all__ = [
     "plan_job",
     "rank_parameters",
     "split_layers",
+    "tensor_parallel_fit",
+    "vocabulary_costs",
 ]

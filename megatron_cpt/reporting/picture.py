@@ -78,13 +78,13 @@ def _label_directly(
         if language in lines:
             end = lines[language][-1][1]
             labels.append((end, f"{language} {end:.3f}", colour, "bold"))
-    places = _apart([(value - low) / (high - low) for value, *_ in labels])
+    places = apart([(value - low) / (high - low) for value, *_ in labels])
     for (_, text, colour, weight), place in zip(labels, places, strict=True):
         place_of = {"xy": (1.015, place), "xycoords": "axes fraction", "va": "center", "annotation_clip": False}
         axes.annotate(text, color=colour, fontsize=10, fontweight=weight, **place_of)
 
 
-def _apart(places: Sequence[float]) -> list[float]:
+def apart(places: Sequence[float]) -> list[float]:
     """Heights at least one label apart, in the same order, as near to the wanted ones as is simple."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     result = list(places)

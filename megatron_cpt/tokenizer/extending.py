@@ -83,7 +83,7 @@ def extend_tokenizer(
     """
     output = Path(output)
     check_free(output, TokenizerError)
-    old, model = _read_base(Path(base))
+    old, model = read_base(Path(base))
     if divisor < 1 or num_pieces < 1:
         raise TokenizerError(f"num_pieces is {num_pieces} and divisor {divisor}: expected both to be at least 1")
     script_rule(script)  # an unknown script is refused before the training
@@ -119,12 +119,17 @@ def extend_tokenizer(
     return report
 
 
-def _read_base(path: Path) -> tuple[SentencePieceTokenizer, ModelFile]:
+def read_base(path: Path) -> tuple[SentencePieceTokenizer, ModelFile]:
+    """A SentencePiece model that Hugging Face files can express, with no token beyond its own.
+
+    Raises:
+        TokenizerError: it is another kind of tokenizer, cannot be expressed, or its folder adds tokens.
+    """
     tokenizer = load_tokenizer(path)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         raise TokenizerError(
             f"{path} has no {SENTENCEPIECE_FILE}, only a {tokenizer.path.name}: only SentencePiece tokenizers "
-            "(Llama 1 and 2 and their kin) can be extended"
+            "(Llama 1 and 2 and their kin) are read here"
         )
     model = read_model_file(tokenizer.path)
     check_expressible(model, str(tokenizer.path))
@@ -132,7 +137,7 @@ def _read_base(path: Path) -> tuple[SentencePieceTokenizer, ModelFile]:
     if added:
         raise TokenizerError(
             f"{tokenizer.path.parent} adds {len(added)} tokens to its {tokenizer.path.name} (such as {added[0]!r}), "
-            "whose ids the new pieces would take: use the base model without them"
+            "which are not in its model: use the base model without them"
         )
     return tokenizer, model
 

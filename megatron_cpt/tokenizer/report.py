@@ -1,164 +1,117 @@
-"""What a tokenizer does to text, in numbers, and the proof that its two files agree."""
+"""What a new vocabulary is worth beside the one it comes from, as facts that a report shows."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
-from pathlib import Path
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tokenizers
+import numpy as np
+import numpy.typing as npt
 
-from megatron_cpt.config.manifest import MANIFEST, read_manifest, sha256_file
-from megatron_cpt.errors import TokenizerError, VerificationError
-from megatron_cpt.tokenizer.loading import (
-    JSON_FILE,
-    SENTENCEPIECE_FILE,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
-from megatron_cpt.tokenizer.vocab_map import VOCAB_MAP_FILE, VocabMap
+from megatron_cpt.tokenizer.loading import Tokenizer
+from megatron_cpt.tokenizer.measure import count_usage, density, lines_changed
+from megatron_cpt.tokenizer.pieces import Pieces, cut, dead_ids, new_ids, old_ids, read_pieces
 
-_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_BATCH = 512
-_EXAMPLES = 5
-
-# Where tokenizers are known to part: spaces and their runs, line ends, characters outside every
-# vocabulary, joined emoji, full-width forms, the space mark itself, and specials spelt out.
-HARD_TEXTS = (
-    "",
-    " ",
-    "  ",
-    " leading",
-    "trailing ",
-    "a  b   c    d" + " " * 20 + "e",
-    " " * 37,
-    "\t",
-    "\tif x:\n\t\treturn  1\r\n\r\n",
-    "\u2581",
-    "\u2581\u2581a \u2581 b",
-    "a</s>b <s>c<unk> <0x41>",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1ef\U0001f1f5",
-    "\uff21\uff22\uff23\u3000\uff11\uff12\uff13\uff01",
-    "e\u0301 \u00e9 \ufb01 \u00a0 \u200b \ufeff \ufffd \x00 \x7f",
-    "\U0010ffff\U00020bb7",
-    "1234567890 3.14 0x1F",
-)
+_SHOWN = 12  # pieces of each kind
+_LINES = 10  # lines of each language
+_POINTS = 60  # of the curve of coverage
+_SEED = 0  # of the sample
 
 
-def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
-    """How densely a tokenizer writes texts.
+def compare_tokenizers(old: Tokenizer, new: Tokenizer, texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Two vocabularies on the same held-out texts.
+
+    Args:
+        old: the base.
+        new: the adapted tokenizer.
+        texts: documents by language.
 
     Returns:
-        `tokens` and UTF-8 `bytes` of all texts, `bytes_per_token`, and `byte_fallback_share`: the share of
-        tokens that stand for one byte because no piece holds the character.
+        `vocab_size` (base, adapted), `languages`: for each what `density` says of base and adapted, the share
+        of `new_tokens`, `tokens_saved` (share of the base's), `lines_changed`, and the curve `coverage`;
+        `vocabulary`: how the two overlap; `new_pieces`: counts, lengths, and the longest, rarest, most used
+        and some drawn at random, each with the base's cut; `dead`: pieces that never come up.
     """
-    bytes_ids = {id for id in range(tokenizer.vocab_size) if _BYTE_PIECE.fullmatch(tokenizer.piece(id))}
-    num_tokens = num_bytes = num_fallback = 0
-    for batch in _batches(texts):
-        num_bytes += sum(len(text.encode()) for text in batch)
-        for ids in tokenizer.encode_batch(batch):
-            num_tokens += len(ids)
-            num_fallback += sum(id in bytes_ids for id in ids)
+    before, after = read_pieces(old), read_pieces(new)
+    fresh = new_ids(before, after)
+    used = np.zeros(new.vocab_size, np.int64)
+    languages = {}
+    for language, documents in texts.items():
+        usage = count_usage(new, documents)
+        used += usage.counts
+        base, adapted = density(before, count_usage(old, documents)), density(after, usage)
+        lines = (line for document in documents for line in document.split("\n") if line)
+        languages[language] = {
+            "base": base,
+            "adapted": adapted,
+            "tokens_saved": 1 - adapted["tokens"] / base["tokens"] if base["tokens"] else 0.0,
+            "new_tokens": float(usage.counts[fresh].sum()) / max(usage.tokens, 1),
+            "new_pieces_used": int(np.count_nonzero(usage.counts[fresh])),
+            "lines_changed": lines_changed(before, after, lines, _LINES),
+            "coverage": _coverage(usage.counts[fresh], usage.tokens),
+        }
     return {
-        "tokens": num_tokens,
-        "bytes": num_bytes,
-        "bytes_per_token": num_bytes / num_tokens if num_tokens else 0.0,
-        "byte_fallback_share": num_fallback / num_tokens if num_tokens else 0.0,
+        "vocab_size": {"base": old.vocab_size, "adapted": new.vocab_size},
+        "languages": languages,
+        "vocabulary": _overlap(before, after),
+        "new_pieces": _new_pieces(before, after, fresh, used),
+        "dead": {"base": _dead(before), "adapted": _dead(after)},
     }
 
 
-def source_lines_changed(old: Tokenizer, new: Tokenizer, lines: Iterable[str]) -> dict[str, Any]:
-    """How many lines two tokenizers cut differently; compared piece by piece, whatever the ids are.
-
-    Returns:
-        `changed`, `total`, and up to five changed lines as `examples`.
-    """
-    changed = total = 0
-    examples: list[str] = []
-    for batch in _batches(lines):
-        total += len(batch)
-        for text, before, after in zip(batch, old.encode_batch(batch), new.encode_batch(batch), strict=True):
-            if list(map(old.piece, before)) != list(map(new.piece, after)):
-                changed += 1
-                examples += [text] * (len(examples) < _EXAMPLES)
-    return {"changed": changed, "total": total, "examples": examples}
-
-
-def fast_slow_mismatches(folder: str | Path, lines: Iterable[str]) -> dict[str, Any]:
-    """On how many lines tokenizer.json and tokenizer.model of one folder differ, in ids or in decoded text.
-
-    Returns:
-        `mismatches`, `total`, and up to five such lines as `examples`.
-
-    Raises:
-        TokenizerError: the folder lacks one of the two files.
-    """
-    folder = Path(folder)
-    for name in (SENTENCEPIECE_FILE, JSON_FILE):
-        if not (folder / name).is_file():
-            raise TokenizerError(f"{folder} has no {name}: both files are needed to compare them")
-    slow = SentencePieceTokenizer(folder / SENTENCEPIECE_FILE)
-    load_tokenizer(folder / JSON_FILE)  # raises the family's error for a broken file
-    fast = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
-    mismatches = total = 0
-    examples: list[str] = []
-    for batch in _batches(lines):
-        total += len(batch)
-        encoded = fast.encode_batch(batch, add_special_tokens=False)
-        for text, ids, other in zip(batch, slow.encode_batch(batch), encoded, strict=True):
-            if ids != other.ids or slow.decode(ids) != fast.decode(ids, skip_special_tokens=True):
-                mismatches += 1
-                examples += [text] * (len(examples) < _EXAMPLES)
-    return {"mismatches": mismatches, "total": total, "examples": examples}
-
-
-def verify_tokenizer(folder: str | Path, lines: Iterable[str]) -> dict[str, Any]:
-    """Prove that a tokenizer folder is what its manifest says and that its two files agree.
-
-    Checked: the hashes of the manifest, the ids and decoded text of `lines` and of texts known to be hard,
-    and that the vocabulary map fits the vocabulary.
-
-    Returns:
-        `mismatches` (0) and `total` lines compared, `vocab_size`, `sha256`, `vocab_map` (counts, or None).
-
-    Raises:
-        TokenizerError: the folder is not a finished tokenizer.
-        VerificationError: one of the checks fails.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder / MANIFEST, "tokenizer", TokenizerError)
-    tokenizer = load_tokenizer(folder)
-    for name, expected in manifest["outputs"].items():
-        if sha256_file(folder / name) != expected:
-            raise VerificationError(f"{folder / name} is not the file its manifest describes: make the tokenizer again")
-    result = fast_slow_mismatches(folder, chain(HARD_TEXTS, lines))
-    if result["mismatches"]:
-        raise VerificationError(
-            f"{JSON_FILE} and {SENTENCEPIECE_FILE} of {folder} differ on {result['mismatches']} of {result['total']} "
-            f"lines, the first being {result['examples'][0][:80]!r}: make the tokenizer again"
-        )
-    counts = None
-    if (folder / VOCAB_MAP_FILE).is_file():
-        vocab_map = VocabMap.load(folder)
-        if (vocab_map.new_size, vocab_map.new_sha256) != (tokenizer.vocab_size, tokenizer.sha256):
-            raise VerificationError(
-                f"{folder / VOCAB_MAP_FILE} belongs to another vocabulary of {vocab_map.new_size} ids; expected "
-                f"{tokenizer.vocab_size}: make the tokenizer again"
-            )
-        counts = vocab_map.counts()
+def _overlap(old: Pieces, new: Pieces) -> dict[str, int]:
+    kept = [(before, id) for id, before in enumerate(old_ids(old, new)) if before is not None]
     return {
-        "mismatches": result["mismatches"],
-        "total": result["total"],
-        "vocab_size": tokenizer.vocab_size,
-        "sha256": tokenizer.sha256,
-        "vocab_map": counts,
+        "kept": len(kept),
+        "kept_at_their_id": sum(before == after for before, after in kept),
+        "new": len(new_ids(old, new)),
+        "removed": len(old.by_name) - len({before for before, _ in kept}),
     }
 
 
-def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
-    remaining = iter(texts)
-    while batch := list(islice(remaining, _BATCH)):
-        yield batch
+def _coverage(counts: npt.NDArray[np.int64], tokens: int) -> list[tuple[int, float]]:
+    """Points (number of the most used new pieces, share of all tokens that they make)."""
+    falling = np.sort(counts[counts > 0])[::-1]
+    if not len(falling):
+        return []
+    shares = np.cumsum(falling) / tokens
+    places = np.unique(np.geomspace(1, len(falling), _POINTS).round().astype(int))
+    return [(int(place), float(shares[place - 1])) for place in places]
+
+
+def _new_pieces(old: Pieces, new: Pieces, fresh: Sequence[int], used: npt.NDArray[np.int64]) -> dict[str, Any]:
+    spelt = [id for id in fresh if new.texts[id]]
+    length = {id: len(new.texts[id] or "") for id in spelt}
+    by_use = sorted(spelt, key=lambda id: (-used[id], id))
+    met = [id for id in by_use if used[id]]
+    weighted: Counter[int] = Counter()
+    for id in spelt:
+        weighted[length[id]] += int(used[id])
+    drawn = sorted(random.Random(_SEED).sample(spelt, min(_SHOWN, len(spelt))))
+    dead = dead_ids(new, fresh)
+    return {
+        "count": len(fresh),
+        "unused": int(np.count_nonzero(used[list(fresh)] == 0)),
+        "dead": len(dead),
+        "lengths": dict(sorted(Counter(length.values()).items())),
+        "lengths_used": dict(sorted(weighted.items())),
+        "most_used": _shown(old, new, met[:_SHOWN], used),
+        "rarest": _shown(old, new, met[-_SHOWN:], used),
+        "longest": _shown(old, new, sorted(spelt, key=lambda id: (-length[id], id))[:_SHOWN], used),
+        "sample": _shown(old, new, drawn, used),
+    }
+
+
+def _shown(old: Pieces, new: Pieces, ids: Sequence[int], used: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    cuts = cut(old, [new.data[id] or b"" for id in ids])
+    return [
+        {"id": id, "piece": new.shown(id), "uses": int(used[id]), "old": pieces}
+        for id, pieces in zip(ids, cuts, strict=True)
+    ]
+
+
+def _dead(pieces: Pieces) -> dict[str, Any]:
+    found = dead_ids(pieces)
+    return {"count": len(found), "examples": [pieces.shown(id) for id in found[:_SHOWN]]}

@@ -19,8 +19,8 @@ from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer import extend_tokenizer
 from megatron_cpt.tokenizer.hf_files import check_expressible, merges, write_hf_files
 from megatron_cpt.tokenizer.model_file import ModelFile, Normalizer, Piece, PieceType, TrainingRules, read_model_file
-from megatron_cpt.tokenizer.report import HARD_TEXTS
 from megatron_cpt.tokenizer.training import LLAMA_NORMALIZER, train_model
+from megatron_cpt.tokenizer.verify import HARD_TEXTS
 
 MODELS = ("base", "extended", "with_runs")
 TEXTS = (
