@@ -40,16 +40,21 @@ class Pack:
         manifest: what was written of it.
 
     Attributes:
-        identity: the rule that made the bins and the SHA-256 of the file, as the manifest says them.
+        path: the file.
+        sha256: of the file, as the manifest says it.
+        identity: the rule that made the bins and the file's content.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         num_pieces, num_bins = int(manifest["pieces"]), int(manifest["bins"])
-        self.identity: list[int | str] = [int(manifest["rule"]), str(manifest["outputs"]["bin"]["sha256"])]
+        self.path, self.sha256 = path, str(manifest["outputs"]["bin"]["sha256"])
         expected = 12 * num_pieces + 8 * (num_bins + 1)
-        if not path.is_file() or path.stat().st_size != expected:
-            raise DataError(f"{path} is missing or not of {expected} bytes, as its manifest says; make the pack again")
+        if not _has_size(path, expected):
+            raise DataError(
+                f"{path} is missing or not of {expected} bytes, as its manifest says; make it again with `data pack`"
+            )
         mapped = np.memmap(path, mode="r").view(np.ndarray)
+        self.identity: list[int | str] = [int(manifest["rule"]), self.sha256]
         self._firsts = np.frombuffer(mapped, "<i8", num_pieces)
         self._borders = np.frombuffer(mapped, "<i8", num_bins + 1, 8 * num_pieces)
         self._counts = np.frombuffer(mapped, "<i4", num_pieces, 8 * (num_pieces + num_bins + 1))
@@ -62,6 +67,11 @@ class Pack:
         """First token and predictions of each piece of a bin, in the order of the stream."""
         pieces = slice(int(self._borders[number]), int(self._borders[number + 1]))
         return self._firsts[pieces], self._counts[pieces]
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether the file is no longer the one that was made; reads it once."""
+        return sha256_file(self.path) != self.sha256
 
     @property
     def predictions(self) -> int:
@@ -113,16 +123,17 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
     Raises:
         DataError: no document has two tokens, seq_length is below 1, or there are more than 2^32 - 2 pieces.
     """
-    manifest = _manifest_path(dataset, seq_length)
+    path, manifest = _data_path(dataset, seq_length), _manifest_path(dataset, seq_length)
     if is_packed(dataset, seq_length):
-        return read_manifest(manifest, _KIND, DataError)
+        held = read_manifest(manifest, _KIND, DataError)
+        if sha256_file(path) == held["outputs"]["bin"]["sha256"]:
+            return held
     try:
         firsts, counts, borders = _native.pack(dataset.document_starts, seq_length)
     except ValueError as caught:
         raise DataError(f"{dataset.prefix}: {caught}") from None
     if not len(counts):
         raise DataError(f"{dataset.prefix} has no document of two tokens, so there is nothing to predict")
-    path = _data_path(dataset, seq_length)
     temporary = temporary_path(path)
     with open(temporary, "wb") as file:
         for array, dtype in ((firsts, "<i8"), (borders, "<i8"), (counts, "<i4")):
@@ -148,28 +159,42 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
 
 
 def is_packed(dataset: IndexedDataset, seq_length: int) -> bool:
-    """Whether there is a pack of this dataset, as it is now, for this sequence length."""
+    """Whether there is a pack of this dataset, as it is now, for this sequence length; its content is not looked at."""
     path = _manifest_path(dataset, seq_length)
     if not path.exists():
         return False
     manifest = read_manifest(path, _KIND, DataError)
-    return bool(manifest["inputs"] == _identity(dataset) and manifest["rule"] == _RULE)
+    return _is_of(manifest, dataset) and _has_size(_data_path(dataset, seq_length), manifest["outputs"]["bin"]["bytes"])
 
 
 def open_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
-    """The pack of a dataset.
+    """The pack of a dataset, proven to be what was made: a run that goes on reads the order it began with.
+
+    Reads the file once for its SHA-256: about as many bytes as the dataset's index, which is read in whole too.
 
     Raises:
-        DataError: there is none for this sequence length, it is of another dataset, or it is damaged.
+        DataError: there is none for this sequence length, it is of another dataset, or it was changed.
     """
-    advice = f"make it with `data pack {dataset.prefix} --seq-length {seq_length}`"
+    pack = _map_pack(dataset, seq_length)
+    if pack.was_changed:
+        raise DataError(
+            f"{pack.path} was changed after it was made (its SHA-256 differs); {_advice(dataset, seq_length)}"
+        )
+    return pack
+
+
+def _map_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
     path = _manifest_path(dataset, seq_length)
     if not path.exists():
-        raise DataError(f"{dataset.prefix} is not packed for seq_length {seq_length}; {advice}")
-    if not is_packed(dataset, seq_length):
-        raise DataError(f"{path} is of another dataset than {dataset.prefix} holds now; {advice}")
+        raise DataError(f"{dataset.prefix} is not packed for seq_length {seq_length}; {_advice(dataset, seq_length)}")
     manifest = read_manifest(path, _KIND, DataError)
+    if not _is_of(manifest, dataset):
+        raise DataError(f"{path} is of another dataset than {dataset.prefix} holds now; {_advice(dataset, seq_length)}")
     return Pack(_data_path(dataset, seq_length), manifest)
+
+
+def _advice(dataset: IndexedDataset, seq_length: int) -> str:
+    return f"make it with `data pack {dataset.prefix} --seq-length {seq_length}`"
 
 
 def packed_lengths(dataset: IndexedDataset) -> list[int]:
@@ -187,17 +212,25 @@ def verify_pack(dataset: IndexedDataset, seq_length: int) -> None:
 
     Raises:
         DataError: the pack is of another dataset, or not of the size its manifest says.
-        VerificationError: its content is not that of a pack of this dataset.
+        VerificationError: it was changed, or its content is not that of a pack of this dataset.
     """
-    pack, path = open_pack(dataset, seq_length), _data_path(dataset, seq_length)
+    pack = _map_pack(dataset, seq_length)
+    if pack.was_changed:
+        raise VerificationError(f"{pack.path} was changed after it was made (its SHA-256 differs); pack again")
     manifest = read_manifest(_manifest_path(dataset, seq_length), _KIND, DataError)
-    if sha256_file(path) != manifest["outputs"]["bin"]["sha256"]:
-        raise VerificationError(f"{path} was changed after it was made (its SHA-256 differs); remove it, pack again")
     wrong = pack.difference(dataset.document_starts, seq_length)
     if not wrong and manifest["predictions"] != (predictions := pack.predictions):
         wrong = f"{predictions} predictions, its manifest says {manifest['predictions']}"
     if wrong:
-        raise VerificationError(f"{path} is no pack of {dataset.prefix}: {wrong}; remove it, pack again")
+        raise VerificationError(f"{pack.path} is no pack of {dataset.prefix}: {wrong}; remove it, pack again")
+
+
+def _is_of(manifest: dict[str, Any], dataset: IndexedDataset) -> bool:
+    return bool(manifest["inputs"] == _identity(dataset) and manifest["rule"] == _RULE)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _identity(dataset: IndexedDataset) -> dict[str, str]:

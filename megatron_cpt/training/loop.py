@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_cpt.config.manifest import write_json_atomic
 from megatron_cpt.config.schema import TrainConfig
-from megatron_cpt.data import IndexedDataset, Loader, open_windows, validation_batch
+from megatron_cpt.data import Batch, IndexedDataset, Loader, open_windows, validation_batch
 from megatron_cpt.errors import InputError, TrainingError
 from megatron_cpt.model.llama import build_model, engine_config
 from megatron_cpt.planning.flops import flops_per_token
@@ -152,11 +153,15 @@ class Trainer:
 
     def _train(self, step: int, loader: Loader, log: MetricsLog | None) -> None:
         config = self.config
-        meter = _Meter(self)
         if step == 0:
             self._validate(step, log)
+        # What starts once, the workers of the loader too, is no part of the rate of the first steps.
+        batches = itertools.chain([next(loader)], loader)
+        meter = _Meter(self)
+        if log:
+            log.begin()
         while step < config.train_steps:
-            record = self._step(step, loader)
+            record = self._step(step, batches)
             step += 1
             meter.add()
             last = step == config.train_steps
@@ -188,13 +193,13 @@ class Trainer:
         facts = {**self.facts, "inputs": {"data_order": read}}
         save_checkpoint(self.model, self.optimizer, step, self.config, facts, self.inputs.shape, proof)
 
-    def _step(self, step: int, loader: Loader) -> dict[str, Any]:
+    def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One update; returns what is logged of it."""
         config = self.config
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        micro_batches = [to_device(next(loader)) for _ in range(self.micro_batches_per_step)]
+        micro_batches = [to_device(next(batches)) for _ in range(self.micro_batches_per_step)]
         sums = run_schedule(self.model, self.mesh, micro_batches, len(self.inputs.plan.languages), forward_only=False)
         if not math.isfinite(sums.loss):
             raise TrainingError(

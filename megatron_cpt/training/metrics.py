@@ -30,7 +30,12 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=resumed_step + 1)
-        self._started, self._first_step = time.monotonic(), resumed_step
+        self._first_step = resumed_step
+        self.begin()
+
+    def begin(self) -> None:
+        """Count the time that is left from here on: the first step begins."""
+        self._started = time.monotonic()
 
     def training(self, record: dict[str, Any]) -> None:
         """Write one training record and print the status line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -157,13 +158,33 @@ def test_missing_and_damaged_packs_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(DataError, match="missing or not of"):
         open_windows(dataset, 16, "best_fit")
-    damaged = bytearray((tmp_path / "whole").read_bytes())
-    damaged[7] = 0x7F
-    path.write_bytes(damaged)
+    shutil.copy(tmp_path / "whole", path)
+    changed_pack(tmp_path / "x", lambda firsts, borders, counts: firsts.put(0, 0x7F << 56))  # with its manifest
     windows = open_windows(dataset, 16, "best_fit")
     with pytest.raises(DataError, match="the pack is damaged, make it again"):
         for number in range(len(windows)):
             windows.window(number)
+
+
+def test_a_pack_changed_under_its_manifest_is_never_read(tmp_path: Path) -> None:
+    """Bins in another order are another order of the data, with the hash of the old one; `data pack` mends it."""
+    dataset = write_dataset(tmp_path / "x", [17, 17, 17])
+    pack_dataset(dataset, 16)
+    path = tmp_path / "x.pack-16.bin"
+    whole, facts = path.read_bytes(), path.stat()
+    first, second, *rest = np.frombuffer(whole, "<i8", 3)
+    path.write_bytes(np.array([second, first, *rest], "<i8").tobytes() + whole[24:])
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert path.stat().st_size == facts.st_size
+    source = Source(dataset, "xx", packing="best_fit")
+    with pytest.raises(DataError, match=r"pack-16.bin was changed after it was made .*`data pack .* --seq-length 16`"):
+        SamplePlan([source], 16, 1)
+    pack_dataset(dataset, 16)
+    assert path.read_bytes() == whole and len(SamplePlan([source], 16, 1).windows[0]) == 3
+    path.unlink()
+    assert not packing.is_packed(dataset, 16)
+    pack_dataset(dataset, 16)
+    assert path.read_bytes() == whole
 
 
 @pytest.fixture

@@ -2,13 +2,21 @@
 
 `python -m tests.training.many_jobs NUM_PROCESSES CONFIG.json...`: what `training.worker` does, for each file, in
 ranks that are forked from one process that has imported everything. What a job fails with goes to CONFIG.error.
+In a job named `slow-...` a validation, and the wait for the first batch, take an hour each by the clock that it is
+measured with.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -20,6 +28,36 @@ from megatron_cpt.runtime.launcher import die_with_launcher, free_port
 from megatron_cpt.training.job import prepare
 
 
+@contextmanager
+def slow_surroundings() -> Iterator[None]:
+    """An hour passes for each validation and for the first batch, and no time is lost."""
+    from megatron_cpt.training import loop, metrics
+
+    hours = [0]
+
+    def hour_before(function: Callable[..., Any], times: int = -1) -> Callable[..., Any]:
+        left = [times]
+
+        def slow(*arguments: Any) -> Any:
+            hours[0] += left[0] != 0
+            left[0] -= left[0] > 0
+            return function(*arguments)
+
+        return slow
+
+    clock = SimpleNamespace(
+        perf_counter=lambda: time.perf_counter() + 3600 * hours[0],
+        monotonic=lambda: time.monotonic() + 3600 * hours[0],
+    )
+    with (
+        mock.patch.object(loop, "time", clock),
+        mock.patch.object(metrics, "time", clock),
+        mock.patch.object(loop.Trainer, "_validate", hour_before(loop.Trainer._validate)),
+        mock.patch.object(loop.Loader, "__next__", hour_before(loop.Loader.__next__, times=1)),
+    ):
+        yield
+
+
 def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) -> None:
     from megatron_cpt.training.loop import train
 
@@ -29,7 +67,8 @@ def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) 
         config = TrainConfig.model_validate_json(Path(path).read_bytes())
         prepare(config, num_processes, rank)
         try:
-            train(config)
+            with slow_surroundings() if Path(path).stem.startswith("slow-") else nullcontext():
+                train(config)
         except CptError as caught:  # on every rank alike
             Path(path).with_suffix(".error").write_text(f"{type(caught).__name__}: {caught}")
 

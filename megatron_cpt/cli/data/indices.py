@@ -17,8 +17,9 @@ def indices(
     num_samples: Annotated[str, typer.Option(help="Samples of train, valid and test: 1000,100,10; 'all': one epoch.")],
     output: Annotated[Path, typer.Option(help="Megatron's --data-cache-path.")],
     mcore_compat: Annotated[
-        bool, typer.Option("--mcore-compat", help="Write megatron-core's GPTDataset indices (the only kind there is).")
-    ] = False,
+        bool,
+        typer.Option("--mcore-compat", help="As megatron-core's GPTDataset does; the only kind."),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Megatron's --seed.")] = 1234,
     split: Annotated[str, typer.Option(help="Megatron's --split.")] = "969,30,1",
     tokenizer_identifiers: Annotated[
@@ -35,8 +36,7 @@ def indices(
     from megatron_cpt.data.mcore_indices import McoreSettings, write_mcore_indices
     from megatron_cpt.errors import DataError, InputError
 
-    if not mcore_compat:
-        raise InputError("training with this tool needs no indices; for those of Megatron say --mcore-compat")
+    del mcore_compat  # names the kind; there is no other
     words = [word.strip() for word in num_samples.split(",")]
     if not all(word == "all" or word.isdecimal() for word in words):
         raise InputError(f"--num-samples {num_samples}: expected up to three numbers, such as 1000,100,10, or all")
