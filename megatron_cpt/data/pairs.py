@@ -8,15 +8,16 @@ import json
 import os
 import string
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_cpt.config.manifest import temporary_path
+from megatron_cpt.config.manifest import read_manifest, sha256_file, temporary_path, write_manifest
 from megatron_cpt.data.documents import read_documents
 from megatron_cpt.errors import DataError
 
 Direction = Literal["sampled", "both", "forward", "backward"]
+_KIND = "pairs"
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 PLAIN = "{source}\n{target}"
@@ -164,70 +165,146 @@ def _name_of(language: str, names: dict[str, str]) -> str:
     return names[language]
 
 
-def pair_documents(
-    pairs: Iterable[Pair],
-    languages: tuple[str, str],
-    template: Template,
-    direction: Direction = "sampled",
-    seed: int = 1,
-) -> Iterator[dict[str, str]]:
-    """The records of the documents: `id`, `text`, `direction` ("en-ja").
+@dataclass
+class Tally:
+    """What was read and written.
+
+    Attributes:
+        pairs: pairs that were read.
+        half_pairs: those of them that have nothing but white space on a side, or on both; no document is made of them.
+        text_bytes: of the documents, UTF-8.
+        directions: documents of each direction, such as "en-ja".
+    """
+
+    pairs: int = 0
+    half_pairs: int = 0
+    text_bytes: int = 0
+    directions: dict[str, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """The counts, as the manifest has them."""
+        return {"documents": sum(self.directions.values()), **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How pairs become documents.
 
     Args:
-        pairs: the pairs; those with an empty side are left out.
         languages: of the first and of the second text.
         template: how a pair is written.
         direction: "forward" (first language to second), "backward", "both" (two documents a pair), or
             "sampled": one of the two, by a hash of the seed and the texts, so that it depends on nothing else.
         seed: of the sampled directions.
     """
+
+    languages: tuple[str, str]
+    template: Template
+    direction: Direction = "sampled"
+    seed: int = 1
+
+
+def pair_documents(pairs: Iterable[Pair], settings: PairSettings, tally: Tally) -> Iterator[dict[str, str]]:
+    """The records of the documents: `id`, `text`, `direction` ("en-ja"); counted in `tally` as they come."""
     for pair in pairs:
+        tally.pairs += 1
         first, second = (text.strip() for text in pair.texts)
         if not first or not second:
+            tally.half_pairs += 1
             continue
-        if direction == "sampled":
-            digest = hashlib.sha256(f"{seed}\0{first}\0{second}".encode()).digest()
-            chosen: Sequence[bool] = (digest[0] < 128,)
-        else:
-            chosen = {"forward": (True,), "backward": (False,), "both": (True, False)}[direction]
-        for forward in chosen:
+        for forward in _directions(settings, first, second):
             source, target = (first, second) if forward else (second, first)
-            names = languages if forward else languages[::-1]
-            text = template.write(source, target, *names)
-            yield {"id": pair.id, "text": text, "direction": "-".join(names)}
+            names = settings.languages if forward else settings.languages[::-1]
+            record = {
+                "id": pair.id,
+                "text": settings.template.write(source, target, *names),
+                "direction": "-".join(names),
+            }
+            tally.text_bytes += len(record["text"].encode())
+            tally.directions[record["direction"]] = tally.directions.get(record["direction"], 0) + 1
+            yield record
 
 
-def write_pairs(records: Iterable[dict[str, str]], output: Path) -> dict[str, Any]:
-    """Write the records to a `.jsonl` file (also `.gz`, `.zst`), which appears whole or not at all.
+def _directions(settings: PairSettings, first: str, second: str) -> Sequence[bool]:
+    """Whether each document of a pair is forward."""
+    if settings.direction == "sampled":
+        digest = hashlib.sha256(f"{settings.seed}\0{first}\0{second}".encode()).digest()
+        return (digest[0] < 128,)
+    return {"forward": (True,), "backward": (False,), "both": (True, False)}[settings.direction]
+
+
+def write_pairs(
+    paths: Sequence[str | Path], fields: tuple[str, str], settings: PairSettings, output: Path
+) -> dict[str, Any]:
+    """Write the pairs of files as documents to a `.jsonl` file (also `.gz`, `.zst`), which appears whole or not at all.
+
+    `<output>.manifest.json` beside it says from what it was made and how. Where the file is there and was made of
+    the same, nothing is done.
+
+    Args:
+        paths: see `read_pairs`.
+        fields: see `read_pairs`.
+        settings: how pairs become documents.
+        output: the file.
 
     Returns:
-        `output`, `documents`, `text_bytes`, `directions` (documents of each).
+        `output` and the counts: `documents`, `pairs`, `half_pairs`, `text_bytes`, `directions`.
 
     Raises:
-        DataError: the name of the file says another kind, it exists, or there is no record.
+        DataError: the name of the file says another kind, it exists and was made of something else, there is no
+            pair with both sides, or what `read_pairs` and `Template.write` refuse.
     """
     import pyarrow
 
     if [suffix for suffix in output.suffixes if suffix not in _COMPRESSION][-1:] != [".jsonl"]:
         raise DataError(f"{output}: expected a name that ends in .jsonl, .jsonl.gz or .jsonl.zst")
-    if output.exists():
+    if output.exists() and not _manifest(output).exists():
         raise DataError(f"{output} exists already; choose another name, or remove it first")
+    for path in paths:
+        if not Path(path).is_file():
+            raise DataError(f"corpus {path} does not exist")
+    inputs = {str(Path(path).absolute()): sha256_file(path) for path in paths}
+    options = {"fields": list(fields), **json.loads(json.dumps(asdict(settings)))}
+    if output.exists():
+        return {"output": str(output), **_made_before(output, inputs, options)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    directions: dict[str, int] = {}
-    text_bytes = 0
-    temporary = temporary_path(output)
+    tally, temporary = Tally(), temporary_path(output)
     try:
         with pyarrow.output_stream(str(temporary), compression=_COMPRESSION.get(output.suffix)) as stream:
-            for record in records:
+            for record in pair_documents(read_pairs(paths, fields), settings, tally):
                 stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-                directions[record["direction"]] = directions.get(record["direction"], 0) + 1
-                text_bytes += len(record["text"].encode())
-        if not directions:
-            raise DataError(f"no pair to write to {output}: the files hold none with both sides")
+        if not tally.directions:
+            raise DataError(f"no pair to write to {output}: the files hold {tally.pairs:,}, none with both sides")
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        facts = {"sha256": sha256_file(temporary), "bytes": temporary.stat().st_size}
+        # Before the file that it describes: so a file that is there has its manifest, whenever this was killed.
+        write_manifest(_manifest(output), _KIND, inputs, options=options, **tally.facts(), outputs={"jsonl": facts})
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
-    documents = sum(directions.values())
-    return {"output": str(output), "documents": documents, "text_bytes": text_bytes, "directions": directions}
+    return {"output": str(output), **tally.facts()}
+
+
+def _manifest(output: Path) -> Path:
+    return output.with_name(f"{output.name}.manifest.json")
+
+
+def _made_before(output: Path, inputs: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
+    """The counts of a file that was made before.
+
+    Raises:
+        DataError: of something else, or it was changed.
+    """
+    manifest = read_manifest(_manifest(output), _KIND, DataError)
+    what = {
+        "from other files": manifest["inputs"] != dict(sorted(inputs.items())),
+        "with other options": manifest["options"] != options,
+        "and then changed": manifest["outputs"]["jsonl"]["sha256"] != sha256_file(output),
+    }
+    for difference, found in what.items():
+        if found:
+            raise DataError(
+                f"{output} exists already and was made {difference}; choose another name, or remove it first"
+            )
+    return {name: manifest[name] for name in Tally().facts()}

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from megatron_cpt.cli.main import main
-from megatron_cpt.data.pairs import Direction, Pair, Template, pair_documents, read_pairs, write_pairs
+from megatron_cpt.config.manifest import sha256_file
+from megatron_cpt.data.pairs import (
+    Direction,
+    Pair,
+    PairSettings,
+    Tally,
+    Template,
+    pair_documents,
+    read_pairs,
+    write_pairs,
+)
 from megatron_cpt.errors import DataError
 
 TEXTS = [("A cat.", "猫です。"), ("Two\ndogs.", "犬が二匹。"), ("", "空です。"), ("Rain {falls}.", "雨が降る。")]
@@ -20,7 +31,7 @@ PAIRS = [Pair(texts, f"memory:{k}", f"book#{k}") for k, texts in enumerate(TEXTS
 
 
 def documents(direction: Direction = "forward", template: str = "plain", seed: int = 1) -> list[dict[str, str]]:
-    return list(pair_documents(PAIRS, ("en", "ja"), Template(template), direction, seed))
+    return list(pair_documents(PAIRS, PairSettings(("en", "ja"), Template(template), direction, seed), Tally()))
 
 
 def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path) -> None:
@@ -74,7 +85,8 @@ def test_sampled_directions_depend_on_seed_and_texts_alone() -> None:
     pairs = [Pair((f"sentence {k}", f"文 {k}"), "") for k in range(2000)]
 
     def directions(chosen: list[Pair], seed: int) -> list[str]:
-        return [d["direction"] for d in pair_documents(chosen, ("en", "ja"), Template("plain"), "sampled", seed)]
+        settings = PairSettings(("en", "ja"), Template("plain"), "sampled", seed)
+        return [d["direction"] for d in pair_documents(chosen, settings, Tally())]
 
     first = directions(pairs, 1)
     assert directions(pairs[::-1], 1) == first[::-1]
@@ -83,26 +95,65 @@ def test_sampled_directions_depend_on_seed_and_texts_alone() -> None:
     assert 900 < sum(a == b for a, b in zip(first, other, strict=True)) < 1100
 
 
-def test_the_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    for name in ("out.jsonl", "out.jsonl.gz", "out.jsonl.zst"):
-        facts = write_pairs(documents("both"), tmp_path / name)
+BOTH = PairSettings(("en", "ja"), Template("plain"), "both")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """The pairs as a file, with two more that have one side or none."""
+    rows = [{"id": f"book#{k}", "en": en, "ja": ja} for k, (en, ja) in enumerate([*TEXTS, ("Half.", " \n"), ("", "")])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "pairs.jsonl"
+
+
+def test_the_file_is_whole_or_not_there(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("x.jsonl", "x.jsonl.gz", "x.jsonl.zst"):
+        facts = write_pairs([corpus], ("en", "ja"), BOTH, out / name)
         assert facts["documents"] == 6 and facts["directions"] == {"en-ja": 3, "ja-en": 3}
-        assert [p.texts[0] for p in read_pairs([tmp_path / name], ("text", "id"))] == [
-            d["text"] for d in documents("both")
-        ]
-        with pytest.raises(DataError, match="exists already"):
-            write_pairs(documents(), tmp_path / name)
-
-    def broken() -> Any:
-        yield documents()[0]
-        raise DataError("the source breaks")
-
-    for records, message in ((broken(), "breaks"), (iter(()), "no pair to write")):
+        assert [p.texts[0] for p in read_pairs([out / name], ("text", "id"))] == [d["text"] for d in documents("both")]
+    held = sorted(path.name for path in out.iterdir())
+    assert held == sorted(f"x.jsonl{ending}{m}" for ending in ("", ".gz", ".zst") for m in ("", ".manifest.json"))
+    (tmp_path / "broken.jsonl").write_text('{"en": "a", "ja": "b"}\n{"en": "c"\n')
+    (tmp_path / "half.jsonl").write_text('{"en": "a", "ja": ""}\n')
+    for name, message in (("broken", "broken.jsonl:2"), ("half", "hold 1, none with both sides"), ("no", "not exist")):
         with pytest.raises(DataError, match=message):
-            write_pairs(records, tmp_path / "half.jsonl")
+            write_pairs([tmp_path / f"{name}.jsonl"], ("en", "ja"), BOTH, out / "y.jsonl")
     with pytest.raises(DataError, match=r"ends in \.jsonl"):
-        write_pairs(documents(), tmp_path / "out.txt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst"]
+        write_pairs([corpus], ("en", "ja"), BOTH, out / "out.txt")
+    assert sorted(path.name for path in out.iterdir()) == held
+
+
+def test_pairs_with_an_empty_side_are_counted(corpus: Path, tmp_path: Path) -> None:
+    facts = write_pairs([corpus], ("en", "ja"), BOTH, tmp_path / "x.jsonl")
+    manifest = json.loads((tmp_path / "x.jsonl.manifest.json").read_text())
+    assert (facts["pairs"], facts["half_pairs"], facts["documents"]) == (6, 3, 6)
+    assert {name: manifest[name] for name in facts if name != "output"} == {
+        name: fact for name, fact in facts.items() if name != "output"
+    }
+    assert manifest["inputs"] == {str(corpus): sha256_file(corpus)}
+    assert manifest["outputs"]["jsonl"]["sha256"] == sha256_file(tmp_path / "x.jsonl")
+    assert facts["text_bytes"] == sum(len(d["text"].encode()) for d in documents("both"))
+
+
+def test_the_same_command_again_ends_with_the_same_file(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.jsonl"
+    facts = write_pairs([corpus], ("en", "ja"), BOTH, output)
+    before, made = output.read_bytes(), output.stat().st_mtime_ns
+    assert write_pairs([corpus], ("en", "ja"), BOTH, output) == facts and output.stat().st_mtime_ns == made
+    output.unlink()  # as after a kill between the manifest and the file
+    assert write_pairs([corpus], ("en", "ja"), BOTH, output) == facts and output.read_bytes() == before
+    with pytest.raises(DataError, match="exists already and was made with other options"):
+        write_pairs([corpus], ("en", "ja"), dataclasses.replace(BOTH, seed=2), output)
+    output.write_bytes(before + b"{}\n")
+    with pytest.raises(DataError, match="exists already and was made and then changed"):
+        write_pairs([corpus], ("en", "ja"), BOTH, output)
+    corpus.write_text(corpus.read_text() + "\n")
+    with pytest.raises(DataError, match="exists already and was made from other files"):
+        write_pairs([corpus], ("en", "ja"), BOTH, output)
+    Path(f"{output}.manifest.json").unlink()
+    with pytest.raises(DataError, match="exists already; choose another name"):
+        write_pairs([corpus], ("en", "ja"), BOTH, output)
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +161,8 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus.write_text("".join(f"{en}\t{ja}\n" for en, ja in TEXTS if "\n" not in en))
     words = ["data", "pairs", str(corpus), "--languages", "en,ja", "--fields", "1,2"]
     assert main([*words, "--output", str(tmp_path / "x.jsonl"), "--direction", "both", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["directions"] == {"en-ja": 2, "ja-en": 2}
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["directions"], facts["half_pairs"]) == ({"en-ja": 2, "ja-en": 2}, 1)
     for extra, message in (
         (["--direction", "up"], ", ".join(get_args(Direction))),
         (["--languages", "en"], "two different names"),

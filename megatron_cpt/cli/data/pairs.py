@@ -26,14 +26,14 @@ def pairs(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled directions.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a parallel corpus as documents, for `data build`.
+    """Write a parallel corpus as documents, for `data build`; pairs with an empty side are left out and counted.
 
     Parts of one work (ids up to '#') stay recognisable, so `data build --held-out` keeps them on one side.
     """
     from typing import get_args
 
     from megatron_cpt.config.schema import LANGUAGE_PATTERN, LANGUAGE_RULE
-    from megatron_cpt.data.pairs import Direction, Template, pair_documents, read_pairs, write_pairs
+    from megatron_cpt.data.pairs import Direction, PairSettings, Template, write_pairs
     from megatron_cpt.errors import InputError
 
     names = _two(languages, "--languages", "such as en,ja")
@@ -44,10 +44,8 @@ def pairs(
     known = {str(value): value for value in get_args(Direction)}
     if direction not in known:
         raise InputError(f"--direction {direction}: expected one of {', '.join(known)}")
-    records = pair_documents(
-        read_pairs(files, places), names, Template(template.replace("\\n", "\n")), known[direction], seed
-    )
-    emit(write_pairs(records, output), as_json, show_facts)
+    settings = PairSettings(names, Template(template.replace("\\n", "\n")), known[direction], seed)
+    emit(write_pairs(files, places, settings, output), as_json, show_facts)
 
 
 def _two(value: str, option: str, example: str) -> tuple[str, str]:

@@ -104,11 +104,12 @@ def _draw_metric(axes: Any, metric: str, histogram: Mapping[str, Any], rules: li
     low = min([edges[used[0]], *(bound for bound in bounds if bound > 0 or scale == "share")])
     high = max([edges[used[-1] + 1], *bounds])
     left, right = _limits(low, high, scale)
-    axes.stairs(kept + dropped, edges, fill=True, color=DROPPED_COLOUR, label="dropped by a rule")
-    axes.stairs(kept, edges, fill=True, color=KEPT_COLOUR, label="kept by the rules")
+    # Outlines, each with its own counts: heights that are stacked or filled cannot be compared on this axis.
+    axes.stairs(kept, edges, color=KEPT_COLOUR, linewidth=1.4, label="kept by the rules")
+    axes.stairs(dropped, edges, color=DROPPED_COLOUR, linewidth=1.4, label="dropped by a rule")
     axes.set_yscale("symlog", linthresh=1)
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
-    axes.set_ylim(0, max(kept + dropped) * 2)
+    axes.set_ylim(0, max(*kept, *dropped) * 2)
     axes.set_xlim(left, right)
     if scale == "size" and right < 30 * left:  # powers of ten alone would be one or two marks
         axes.set_xticks([mark for mark in _marks() if left <= mark <= right])

@@ -195,7 +195,10 @@ def _rules(report: Report) -> Iterable[str]:
 def _distributions(plots: Sequence[str]) -> Iterable[str]:
     if plots:
         yield from ("## Distributions", "")
-        yield "Documents that the rules keep and drop; what lies in a shaded area breaks a rule of its figure."
+        yield (
+            "Documents that the rules keep and drop, each counted from 0 on a logarithmic axis; what lies in a shaded "
+            "area breaks a rule of its figure, and a bin that a bound cuts is two narrower ones."
+        )
         yield ""
         for plot in plots:
             yield from (f"![{Path(plot).stem}]({plot})", "")
