@@ -9,7 +9,7 @@ import typer
 
 from megatron_cpt.cli.console import JsonOption, SetOption, emit
 from megatron_cpt.config.loading import Resolved, load_any_config
-from megatron_cpt.config.schema import LearnConfig, LlamaShape, RunConfig, TrainConfig
+from megatron_cpt.config.schema import LearnConfig, LlamaShape, RunConfig, TrainConfig, TrainDataConfig
 from megatron_cpt.errors import ConfigError
 
 app = typer.Typer(help="Show what a configuration means.")
@@ -24,26 +24,32 @@ def plan(
 ) -> None:
     """Print every value with its origin, and the parameters, tokens per step, layout, memory and data of each job."""
     resolved = load_any_config(config, overrides or [])
-    emit(describe(resolved, nproc), as_json, lambda value: render(value, resolved))
+    emit(describe(resolved, nproc, is_early=True), as_json, lambda value: render(value, resolved))
 
 
-def describe(resolved: Resolved[RunConfig] | Resolved[TrainConfig], nproc: int | None = None) -> dict[str, Any]:
+def describe(
+    resolved: Resolved[RunConfig] | Resolved[TrainConfig], nproc: int | None = None, is_early: bool = False
+) -> dict[str, Any]:
     """The plan of a run or a training job, for `plan` and for `--dry-run`.
 
     Args:
         resolved: a loaded configuration.
         nproc: processes of a training job; None takes WORLD_SIZE, else one copy of the model. A run
             states its own.
+        is_early: a training job may name a tokenizer and a base that are not there yet: what follows from them is
+            then None.
 
     Returns:
-        `config`, `config_hash` and `jobs`: name -> what `planning.plan_job` returns.
+        `config`, `config_hash` and `jobs`: name -> what `planning.plan_job` returns; of a job whose sources are
+        stated also `sources` and `stages` (see `data.forecast`), and of a training job `missing`: what it names and
+        is not there yet, each with `what`, `path` and `make`, the command that makes it.
 
     Raises:
-        ConfigError: an impossible layout; CheckpointError, TokenizerError: a model or tokenizer
-            that the configuration names cannot be read.
+        ConfigError: an impossible layout; DataError: an order that cannot be; CheckpointError, TokenizerError: a
+            model or tokenizer that the configuration names cannot be read.
     """
     config = resolved.config
-    jobs = _plan_run(config) if isinstance(config, RunConfig) else {"train": _plan_train(config, nproc)}
+    jobs = _plan_run(config) if isinstance(config, RunConfig) else {"train": _plan_train(config, nproc, is_early)}
     return {"config": config.model_dump(mode="json"), "config_hash": resolved.hash, "jobs": jobs}
 
 
@@ -62,6 +68,9 @@ def _plan_run(config: RunConfig) -> dict[str, Any]:
         divisor = config.tokenizer.divisor
         vocab_size = (vocab_size + config.tokenizer.num_pieces) // divisor * divisor
     jobs["adapt"] = _plan_learn("train", config.train, shape, vocab_size, config.vocab_divisor)
+    if config.train.stages:
+        data = config.training_data(os.path.join(config.output, "shards"))
+        jobs["adapt"] |= _forecast(data, config.train, config.seed)
     return jobs
 
 
@@ -76,7 +85,19 @@ def _plan_learn(
         raise ConfigError(f"{section}: {caught}") from None
 
 
-def _plan_train(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
+def _plan_train(config: TrainConfig, nproc: int | None, is_early: bool) -> dict[str, Any]:
+    from megatron_cpt.planning import count_tokens
+
+    missing = _missing(config)
+    if is_early and any(each["what"] in ("tokenizer", "base") for each in missing):
+        unknown = ("layout", "vocabulary", "parameters", "flops_per_token", "memory")
+        job: dict[str, Any] = {**dict.fromkeys(unknown), "tokens": count_tokens(config)}
+    else:
+        job = _plan_model(config, nproc)
+    return {**job, **_forecast(config.data, config, config.seed), "missing": missing}
+
+
+def _plan_model(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
     from megatron_cpt.planning import plan_job
     from megatron_cpt.tokenizer import load_tokenizer
 
@@ -88,24 +109,35 @@ def _plan_train(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
     parallel = config.parallel
     one_copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     world_size = nproc or _world_size(one_copy)
-    job = plan_job(config, shape, load_tokenizer(config.tokenizer).vocab_size, config.vocab_divisor, world_size)
-    return {**job, "stages": _plan_data(config)}
+    return plan_job(config, shape, load_tokenizer(config.tokenizer).vocab_size, config.vocab_divisor, world_size)
 
 
-def _plan_data(config: TrainConfig) -> list[dict[str, Any]] | None:
-    """What is read in each stage; None while a dataset is not yet built or packed."""
-    from megatron_cpt.data import IndexedDataset, is_packed, manifest_path, open_plan
-    from megatron_cpt.data.stages import describe_order
+def _forecast(data: TrainDataConfig, learn: LearnConfig | TrainConfig, seed: int) -> dict[str, Any]:
+    from megatron_cpt.data.forecast import forecast
 
-    if not all(manifest_path(source.prefix).exists() for source in config.data.train):
-        return None
-    packed = [IndexedDataset(source.prefix) for source in config.data.train if source.packing == "best_fit"]
-    if not all(is_packed(dataset, config.batch.seq_length) for dataset in packed):
-        return None
-    opened = open_plan(config.data, config.batch.seq_length, config.seed)
-    num_samples = config.train_steps * config.batch.global_batch_size
-    opened.require(num_samples)
-    return describe_order(opened.order, num_samples)
+    batch = learn.batch
+    return forecast(data, batch.seq_length, seed, learn.train_steps * batch.global_batch_size)
+
+
+def _missing(config: TrainConfig) -> list[dict[str, str]]:
+    """What the job names and is not there, with the command that makes it."""
+    found = []
+    if not os.path.exists(config.tokenizer):
+        make = f"tokenizer extend BASE_MODEL --corpus FILE... --num-pieces N --output {config.tokenizer}"
+        found.append(("tokenizer", config.tokenizer, make))
+    base = config.initial_checkpoint
+    if base is not None and not os.path.exists(base):
+        found.append(("base", base, f"surgery apply PLAN BASE_MODEL {base}"))
+    build = f"data build FILE... --tokenizer {config.tokenizer} --output"
+    for source in config.data.train:
+        if not os.path.exists(f"{source.prefix}.manifest.json"):
+            make = f"{build} {source.prefix} --language {source.language}"
+            found.append((f"dataset {source.title}", source.prefix, make))
+    for held in config.data.validation:
+        if not os.path.exists(f"{held.prefix}.manifest.json"):
+            make = f"{build} {held.prefix} --language {held.language} --held-out SHARE --only-held-out"
+            found.append((f"validation {held.language}", held.prefix, make))
+    return [{"what": what, "path": path, "make": f"megatron-cpt {make}"} for what, path, make in found]
 
 
 def _world_size(otherwise: int) -> int:
@@ -128,13 +160,16 @@ def render(value: dict[str, Any], resolved: Resolved[RunConfig] | Resolved[Train
 
     parts: list[Any] = [Text(resolved.dump()), Text(f"config hash {value['config_hash']}")]
     for name, job in value["jobs"].items():
-        parts += [Text(""), _facts_table(name, job), _memory_table(job["memory"])]
+        parts.append(Text(""))
+        if job["layout"] is not None:
+            parts += [_facts_table(name, job), _memory_table(job["memory"])]
+        else:
+            parts.append(Text(f"job: {name}\nlayout, memory and work: unknown, tokenizer or base is not there yet"))
         if "stages" in job:
-            parts.append(
-                _stages_table(job["stages"])
-                if job["stages"]
-                else Text("data: not all datasets are built and packed yet")
-            )
+            parts += [Text(""), _stages_table(job["stages"]), Text(""), _sources_table(job["sources"])]
+        if job.get("missing"):
+            parts += [Text(""), Text("not there yet:")]
+            parts += [Text(f"  {each['what']}: {each['path']}\n    {each['make']}") for each in job["missing"]]
     return Group(*parts)
 
 
@@ -181,8 +216,32 @@ def _stages_table(stages: list[dict[str, Any]]) -> Any:
         table.add_column(column, justify="right")
     for stage in stages:
         table.add_row(stage["name"] or "whole run", "", "", f"{stage['samples']:,}", f"{stage['tokens']:,}", "")
-        for name, facts in stage["sources"].items():
+        for facts in stage["sources"]:
             start, end = facts["share"]
             share = f"{start:.2%}" if start == end else f"{start:.2%} to {end:.2%}"
-            table.add_row("", name, share, f"{facts['samples']:,}", f"{facts['tokens']:,}", f"{facts['epochs']:.3f}")
+            share += ", in turn" if facts["in_turn"] else ""
+            counts = [
+                _or_unknown(facts[key], form) for key, form in (("samples", ","), ("tokens", ","), ("epochs", ".3f"))
+            ]
+            table.add_row("", facts["name"], share, *counts)
     return table
+
+
+def _sources_table(sources: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="")
+    table.add_column("source")
+    for column in ("samples of an epoch", "epochs in all", "allowed"):
+        table.add_column(column, justify="right")
+    table.add_column("size known from")
+    for source in sources:
+        counts = [_or_unknown(source["samples"], ","), _or_unknown(source["epochs"], ".3f")]
+        allowed = "any" if source["max_epochs"] is None else f"{source['max_epochs']:g}"
+        origin = source["known_from"] or "nothing: not built, and no `tokens` stated"
+        table.add_row(source["name"], *counts, allowed, origin)
+    return table
+
+
+def _or_unknown(value: float | None, form: str) -> str:
+    return "unknown" if value is None else f"{value:{form}}"

@@ -145,10 +145,14 @@ def _place(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str
     section: type[BaseModel] | None = model
     union: list[type[BaseModel]] = []  # the sections that may stand at this place
     is_chosen = False  # the next name is one that the user chose
+    is_member = False  # the next name is pydantic's for a member of a union that may be such a mapping
     for part in loc:
         # Below a plain value a name is pydantic's for a member of a union, not a key.
         if isinstance(part, int):
             path.append(str(part))
+        elif is_member:
+            is_member, is_chosen = False, part.startswith("dict[")
+            section = section if is_chosen else None
         elif is_chosen and section is not None:
             path.append(part)
             is_chosen = False
@@ -161,6 +165,7 @@ def _place(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str
             union = list(_sections_in(known.annotation)) if known else []
             section = union[0] if union else None
             is_chosen = known is not None and get_origin(known.annotation) is dict
+            is_member = known is not None and any(get_origin(each) is dict for each in get_args(known.annotation))
     return path, holder
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from megatron_cpt.config.schema import LearnConfig, LlamaShape, RunConfig, TrainConfig
+from megatron_cpt.config.schema import LearnConfig, LlamaShape, RunConfig, Stage, TrainConfig
 from megatron_cpt.errors import ConfigError
 
 
@@ -41,6 +41,26 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     if base.train is not None:
         yield from _learn_problems("base.train", base.train, base.shape)
     yield from _learn_problems("train", config.train, base.shape)
+    yield from _text_problems(config)
+
+
+def _text_problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the names of texts, and with stages that call them."""
+    source, target = config.data.texts()
+    for side, named in (("source", source), ("target", target)):
+        if not named:
+            yield f"data.{side}: got no text, expected at least one name with files"
+    both = source.keys() & target.keys() if config.data.source_language != config.data.target_language else ()
+    for name in sorted(both):
+        yield f"data: got the name {name!r} in source and in target, expected names of their own; change one of them"
+    if not config.train.stages:
+        return
+    if config.train.replay is not None:
+        yield (
+            f"train: got stages and also replay={config.train.replay:g}, expected one of the two ways; a stage has a "
+            "replay of its own: give --set train.replay=null"
+        )
+    yield from _stage_problems("train.stages", config.train.stages, [*source, *target], "the texts", config.train)
 
 
 def _train_problems(config: TrainConfig) -> Iterator[str]:
@@ -54,25 +74,26 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
             f"data.validation: got {scored.count(language)} sets of language {language!r}, expected one of each "
             "language, which names its score; put them into one dataset or give them different names"
         )
-    yield from _stage_problems(config)
+    if config.data.stages:
+        titles = [source.title for source in config.data.train]
+        for title in sorted({title for title in titles if titles.count(title) > 1}):
+            yield f"data.train: got {titles.count(title)} sources called {title!r}, expected one; give each a name"
+        yield from _stage_problems("data.stages", config.data.stages, titles, "data.train", config)
     yield from _learn_problems("", config, config.shape)
 
 
-def _stage_problems(config: TrainConfig) -> Iterator[str]:
-    data = config.data
-    if not data.stages:
-        return
-    titles = [source.title for source in data.train]
-    for title in sorted({title for title in titles if titles.count(title) > 1}):
-        yield f"data.train: got {titles.count(title)} sources called {title!r}, expected one; give each a name"
-    for number, stage in enumerate(data.stages):
-        path = f"data.stages.{number}"
+def _stage_problems(
+    section: str, stages: Sequence[Stage], titles: Sequence[str], holder: str, learn: LearnConfig | TrainConfig
+) -> Iterator[str]:
+    """What is wrong with stages of sources that are called `titles`, which stand in `holder`."""
+    for number, stage in enumerate(stages):
+        path = f"{section}.{number}"
         named = [name for share in stage.shares for name in share.sources]
         named += stage.replay.sources if stage.replay else ()
         for name in dict.fromkeys(named):
             if name not in titles:
                 near = difflib.get_close_matches(name, titles, n=1) or titles
-                yield f"{path}: got source {name!r}, expected one of data.train; did you mean {' or '.join(near)}?"
+                yield f"{path}: got source {name!r}, expected one of {holder}; did you mean {' or '.join(near)}?"
             if named.count(name) > 1:
                 yield f"{path}: got source {name!r} {named.count(name)} times, expected once; add its shares up"
         for place, share in enumerate(stage.shares):
@@ -84,11 +105,11 @@ def _stage_problems(config: TrainConfig) -> Iterator[str]:
         ends = [share.share if isinstance(share.share, tuple) else (share.share, share.share) for share in stage.shares]
         if not (sum(start for start, _ in ends) and sum(end for _, end in ends)) or not all(map(sum, ends)):
             yield f"{path}.shares: got a share that is always 0, or nothing but zeros at one end; expected more than 0"
-    given = sum(stage.tokens for stage in data.stages)
-    wanted = config.train_steps * config.batch.global_batch_size * config.batch.seq_length
+    given = sum(stage.tokens for stage in stages)
+    wanted = learn.train_steps * learn.batch.global_batch_size * learn.batch.seq_length
     if given < wanted:
         yield (
-            f"data.stages: got {given:,} tokens in all, expected at least train_steps * global_batch_size * "
+            f"{section}: got {given:,} tokens in all, expected at least train_steps * global_batch_size * "
             f"seq_length = {wanted:,}; give the last stage more tokens or lower train_steps"
         )
 

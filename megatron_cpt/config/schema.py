@@ -19,6 +19,7 @@ Implementation = Literal["auto", "torch"]
 LANGUAGE_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 LANGUAGE_RULE = "a name of letters, digits, '-' and '_' that begins with a letter, such as ja"
 Language = Annotated[str, Field(pattern=LANGUAGE_PATTERN)]
+DEFAULT_REPLAY = 0.1
 
 
 class RopeScaling(Section):
@@ -86,15 +87,21 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(default=1.0, ge=0.0)  # largest global L2 norm; 0 switches clipping off
 
 
-class DataSource(Section):
+class SourceOptions(Section):
+    """How a source of training text is read."""
+
+    weight: float = Field(default=1.0, gt=0.0)  # of the samples, relative to the sources it is named with
+    max_epochs: float | None = Field(default=None, gt=0.0)  # passes over it that are allowed; None: any number
+    packing: Literal["concat", "best_fit"] = "concat"  # how its documents fill the samples
+    tokens: Positive | None = None  # how many it is expected to have: `plan` counts with them until it is built
+
+
+class DataSource(SourceOptions):
     """One indexed dataset to train on: `prefix`.bin and `prefix`.idx."""
 
     prefix: str
     language: Language
     name: str = ""  # what stages call it; empty: the last part of the prefix
-    weight: float = Field(default=1.0, gt=0.0)  # of the samples, relative to the sources it is named with
-    max_epochs: float | None = Field(default=None, gt=0.0)  # passes over it that are allowed; None: any number
-    packing: Literal["concat", "best_fit"] = "concat"  # how its documents fill the samples
 
     @property
     def title(self) -> str:
@@ -196,18 +203,32 @@ class LearnConfig(Section):
     log_interval_steps: Positive = 10
 
 
+class NamedText(SourceOptions):
+    """A part of a language's text that the stages of a recipe call by a name."""
+
+    files: str | tuple[str, ...]
+
+
 class CorpusConfig(Section):
     """The texts of a run. `builtin: world` writes the small bilingual world instead of reading files."""
 
     builtin: Literal["world"] | None = None
-    source: str | tuple[str, ...] | None = None  # jsonl(.gz), txt or parquet files of the source language
-    target: str | tuple[str, ...] | None = None
+    # jsonl(.gz), txt or parquet files of each language; with names for its parts where stages tell them apart.
+    source: str | tuple[str, ...] | dict[Language, NamedText] | None = None
+    target: str | tuple[str, ...] | dict[Language, NamedText] | None = None
     source_language: Language = "en"
     target_language: Language = "ja"
     text_field: str = "text"
     held_out_fraction: float = Field(default=0.05, gt=0.0, lt=0.5)  # by hash of the document's work
     held_out_bytes: Positive = 200_000  # of each language, whole documents up to this are scored, at least one
     world_documents: Positive = 4000  # documents per language that `builtin: world` writes
+
+    def texts(self) -> tuple[dict[str, NamedText], dict[str, NamedText]]:
+        """The source and the target language's texts by name; a text without one is called as its language."""
+        found = []
+        for language, given in ((self.source_language, self.source), (self.target_language, self.target)):
+            found.append(given if isinstance(given, dict) else {language: NamedText(files=given or ())})
+        return found[0], found[1]
 
 
 class BaseModelConfig(Section):
@@ -229,9 +250,10 @@ class TokenizerConfig(Section):
 
 
 class AdaptConfig(LearnConfig):
-    """Continued pre-training on the target language with replay of the source language."""
+    """Continued pre-training: through stages, or on the target language with replay of the source language."""
 
-    replay: Fraction = 0.1  # share of source-language samples
+    stages: tuple[Stage, ...] = ()  # of the texts by their names, as in a job's `data.stages`
+    replay: Fraction | None = None  # share of source-language samples without stages; None: DEFAULT_REPLAY
 
 
 class RunConfig(Section):
@@ -246,3 +268,27 @@ class RunConfig(Section):
     surgery: SurgeryConfig = SurgeryConfig()
     train: AdaptConfig
     vocab_divisor: Positive = 128
+
+    def training_data(self, shards: str) -> TrainDataConfig:
+        """What the adaptation trains on: the dataset `<shards>/<name>.train` of each text; nothing that is scored.
+
+        Without stages the texts of a language share what it has by their weights.
+
+        Args:
+            shards: the folder of the run's datasets.
+        """
+        replay = DEFAULT_REPLAY if self.train.replay is None else self.train.replay
+        source, target = self.data.texts()
+        sources = []
+        for language, named, share in (
+            (self.data.target_language, target, 1.0 - replay),
+            (self.data.source_language, source, replay),
+        ):
+            total = sum(text.weight for text in named.values())
+            for name, text in named.items():
+                options = text.model_dump(exclude={"files"})
+                if not self.train.stages:
+                    options["weight"] = share * text.weight / total
+                if options["weight"]:
+                    sources.append(DataSource(prefix=f"{shards}/{name}.train", language=language, name=name, **options))
+        return TrainDataConfig(train=tuple(sources), stages=self.train.stages)

@@ -233,6 +233,8 @@ def _up(value: Fraction) -> str:
 def describe_order(order: Order, num_samples: int) -> list[dict[str, Any]]:
     """The stages of a plan: samples and tokens of each, and what each source has in it.
 
+    `share` is of the samples at the start and at the end of the stage; of sources `in_turn` each has it in its turn.
+
     Args:
         order: the plan.
         num_samples: of the run; what a stage without end is described for.
@@ -241,15 +243,17 @@ def describe_order(order: Order, num_samples: int) -> list[dict[str, Any]]:
     for stage in order.stages:
         samples = stage.samples or num_samples
         counts = stage.order.counts(samples).tolist()
-        sources = {
-            order.sources[source].name: {
+        sources = [
+            {
+                "name": order.sources[source].name,
                 "share": [int(lane[0]) / stage.unit, int(lane[1]) / stage.unit],
+                "in_turn": int(lane[2]) > 0 or int(lane[3]) >= 0,
                 "samples": count,
                 "tokens": count * order.seq_length,
                 "epochs": count / order.sources[source].windows,
             }
             for source, lane, count in zip(stage.sources, stage.lanes, counts, strict=True)
-        }
+        ]
         tokens = samples * order.seq_length
         stages.append(
             {"name": stage.name, "first": stage.first, "samples": samples, "tokens": tokens, "sources": sources}

@@ -19,7 +19,7 @@ class Corpus:
 
     Attributes:
         language: its name.
-        files: files to train on.
+        parts: files to train on, by the name that stages call them; a language without such names is one part.
         held_out_files: files of held-out text; None: a share of `files`, by works.
         fraction: that share.
         held_out_bytes: whole documents up to this many bytes are scored, at least one.
@@ -27,11 +27,16 @@ class Corpus:
     """
 
     language: str
-    files: tuple[Path, ...]
+    parts: dict[str, tuple[Path, ...]]
     held_out_files: tuple[Path, ...] | None
     fraction: float
     held_out_bytes: int
     text_field: str
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files to train on, of all parts."""
+        return tuple(path for files in self.parts.values() for path in files)
 
     def train(self) -> Iterator[Document]:
         """Documents to train on, in file order."""
@@ -81,13 +86,16 @@ def open_corpora(config: CorpusConfig) -> tuple[Corpus, Corpus]:
         DataError: a file is missing.
     """
     corpora = []
-    for language, given in ((config.source_language, config.source), (config.target_language, config.target)):
-        files = tuple(Path(path) for path in ((given,) if isinstance(given, str) else given or ()))
-        for path in files:
+    for language, texts in zip((config.source_language, config.target_language), config.texts(), strict=True):
+        parts = {
+            name: tuple(map(Path, (text.files,) if isinstance(text.files, str) else text.files))
+            for name, text in texts.items()
+        }
+        for path in (path for files in parts.values() for path in files):
             if not path.is_file():
                 raise DataError(f"{path} does not exist; data.source and data.target name files of text")
         fraction, limit = config.held_out_fraction, config.held_out_bytes
-        corpora.append(Corpus(language, files, None, fraction, limit, config.text_field))
+        corpora.append(Corpus(language, parts, None, fraction, limit, config.text_field))
     return corpora[0], corpora[1]
 
 
@@ -97,7 +105,7 @@ def world_corpora(config: CorpusConfig, folder: Path) -> tuple[Corpus, Corpus]:
     source, target = (
         Corpus(
             language,
-            (folder / f"{language}.train.jsonl",),
+            {language: (folder / f"{language}.train.jsonl",)},
             (folder / f"{language}.held_out.jsonl",),
             config.held_out_fraction,
             config.held_out_bytes,

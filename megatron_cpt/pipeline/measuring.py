@@ -15,6 +15,7 @@ from megatron_cpt.config.loading import Resolved
 from megatron_cpt.config.manifest import read_json
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data import IndexedDataset
+from megatron_cpt.data.forecast import forecast
 from megatron_cpt.evaluation import probe_accuracy, score_dataset
 from megatron_cpt.pipeline.corpus import Corpus, read_probe
 from megatron_cpt.pipeline.steps import Steps
@@ -155,12 +156,21 @@ def write_run_report(
             },
         },
         "train": _training_facts(metrics, paths.train),
+        **({"stages": _stages(paths)} if config.train.stages else {}),
         "seconds": steps.seconds(),
         "versions": _versions(),
         "config_hash": resolved.hash,
     }
     write_report(report, history, paths.root)
     return report
+
+
+def _stages(paths: Paths) -> list[dict[str, Any]]:
+    """What each stage of the adaptation read of each text."""
+    config, batch = paths.config, paths.config.train.batch
+    num_samples = config.train.train_steps * batch.global_batch_size
+    stages = forecast(config.training_data(str(paths.shards)), batch.seq_length, config.seed, num_samples)["stages"]
+    return list(stages)
 
 
 def _history(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from megatron_cpt.checkpoint.fingerprint import fingerprint
 from megatron_cpt.config.loading import Resolved
 from megatron_cpt.config.manifest import read_json, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import (
+    DEFAULT_REPLAY,
     DataSource,
     LearnConfig,
     LlamaShape,
@@ -159,8 +160,12 @@ class Run:
         def train() -> dict[str, Any]:
             assert base.train is not None
             source = self.source
-            train_prefix, held_out_prefix = self._build(shards, paths.base_tokenizer, source)
-            data = self._sources({train_prefix: (source, 1.0)}, {held_out_prefix: source})
+            name = source.language
+            self._build(shards, paths.base_tokenizer, dataclasses.replace(source, parts={name: source.files}))
+            data = TrainDataConfig(
+                train=(DataSource(prefix=str(shards / f"{name}.train"), language=name),),
+                validation=_validation(shards, (source,)),
+            )
             job = self._job(base.train, job_folder, paths.base_tokenizer, data, shape=base.shape)
             checkpoint = run_job(job, base.train.num_processes)
             return convert(checkpoint, paths.base_model, "hf", tokenizer=paths.base_tokenizer)
@@ -230,15 +235,16 @@ class Run:
         source, target = self.source, self.target
 
         def train() -> dict[str, Any]:
-            shares = {target: 1.0 - learn.replay, source: learn.replay}
-            data = self._sources(
-                {str(paths.shards / f"{c.language}.train"): (c, share) for c, share in shares.items() if share > 0},
-                {str(paths.shards / f"{c.language}.held_out"): c for c in (source, target)},
-            )
+            data = self.config.training_data(str(paths.shards))
+            data = data.model_copy(update={"validation": _validation(paths.shards, (source, target))})
             job = self._job(learn, paths.train, paths.tokenizer, data, initial=paths.operated_model)
             return {"checkpoint": str(run_job(job, learn.num_processes))}
 
-        title = f"continue pre-training on {target.language} with {learn.replay:.0%} {source.language}"
+        replay = DEFAULT_REPLAY if learn.replay is None else learn.replay
+        mixture = f"on {target.language} with {replay:.0%} {source.language}"
+        if learn.stages:
+            mixture = f"in {len(learn.stages)} stages: {', '.join(stage.name for stage in learn.stages)}"
+        title = f"continue pre-training {mixture}"
         needs = ("base", "tokenizer", "surgery", "shards")
         settings = {**learn.model_dump(), "seed": self.config.seed, "vocab_divisor": self.config.vocab_divisor}
         self.steps.add("train", title, settings, needs, train, makes=(paths.train,), resumable=paths.train)
@@ -274,33 +280,23 @@ class Run:
             is_result=True,
         )
 
-    def _build(self, folder: Path, tokenizer: Path, corpus: Corpus) -> tuple[str, str]:
-        """Build the datasets `<language>.train` and `<language>.held_out`; returns their prefixes."""
-        train, held_out = (folder / f"{corpus.language}.{side}" for side in ("train", "held_out"))
-        build_dataset(corpus.held_out(), tokenizer, held_out, corpus.language, overwrite=True)
+    def _build(self, folder: Path, tokenizer: Path, corpus: Corpus) -> None:
+        """Build the datasets `<part>.train` of each part of a corpus, and its `<language>.held_out`."""
+        build_dataset(
+            corpus.held_out(), tokenizer, folder / f"{corpus.language}.held_out", corpus.language, overwrite=True
+        )
         side = (corpus.fraction, "train") if corpus.held_out_files is None else None
-        build_files(
-            corpus.files,
-            tokenizer,
-            train,
-            corpus.language,
-            workers=2,
-            held_out=side,
-            text_field=corpus.text_field,
-            overwrite=True,
-        )
-        return str(train), str(held_out)
-
-    def _sources(self, train: dict[str, tuple[Corpus, float]], validation: dict[str, Corpus]) -> TrainDataConfig:
-        return TrainDataConfig(
-            train=tuple(
-                DataSource(prefix=prefix, language=corpus.language, weight=share)
-                for prefix, (corpus, share) in train.items()
-            ),
-            validation=tuple(
-                ValidationSource(prefix=prefix, language=corpus.language) for prefix, corpus in validation.items()
-            ),
-        )
+        for name, files in corpus.parts.items():
+            build_files(
+                files,
+                tokenizer,
+                folder / f"{name}.train",
+                corpus.language,
+                workers=2,
+                held_out=side,
+                text_field=corpus.text_field,
+                overwrite=True,
+            )
 
     def _job(
         self,
@@ -324,3 +320,10 @@ class Run:
             vocab_divisor=self.config.vocab_divisor,
             **shared,
         )
+
+
+def _validation(shards: Path, corpora: tuple[Corpus, ...]) -> tuple[ValidationSource, ...]:
+    return tuple(
+        ValidationSource(prefix=str(shards / f"{corpus.language}.held_out"), language=corpus.language)
+        for corpus in corpora
+    )

@@ -5,7 +5,7 @@ P padded vocabulary, S sequence, B micro-batch, N = B * S.
 """
 
 from megatron_cpt.planning.flops import attention_flops_per_token, flops_per_token
-from megatron_cpt.planning.job import plan_job
+from megatron_cpt.planning.job import count_tokens, plan_job
 from megatron_cpt.planning.layout import Layout, check_layout, pipeline_layout_string, split_layers
 from megatron_cpt.planning.memory import RankMemory, estimate_memory
 from megatron_cpt.planning.parameters import (
@@ -22,6 +22,7 @@ __all__ = [
     "attention_flops_per_token",
     "check_layout",
     "count_parameters",
+    "count_tokens",
     "estimate_memory",
     "flops_per_token",
     "pipeline_layout_string",

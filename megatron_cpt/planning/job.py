@@ -33,7 +33,6 @@ def plan_job(
     """
     layout = check_layout(shape, vocab_size, vocab_divisor, job.parallel, job.batch, world_size)
     count = count_parameters(shape, vocab_size)
-    per_step = job.batch.global_batch_size * job.batch.seq_length
     budget = job.kernels.cross_entropy_budget_mib << 20
     memory = estimate_memory(shape, layout, job.parallel, job.batch, job.precision, budget)
     return {
@@ -51,10 +50,16 @@ def plan_job(
         },
         "vocabulary": {"vocab_size": vocab_size, "padded_vocab_size": layout.padded_vocab_size},
         "parameters": {"total": count.total, **asdict(count)},
-        "tokens": {"per_step": per_step, "steps": job.train_steps, "total": per_step * job.train_steps},
+        "tokens": count_tokens(job),
         "flops_per_token": {
             "causal": flops_per_token(shape, vocab_size, job.batch.seq_length),
             "non_causal": flops_per_token(shape, vocab_size, job.batch.seq_length, causal=False),
         },
         "memory": [{**asdict(rank), "total_bytes": rank.total_bytes} for rank in memory],
     }
+
+
+def count_tokens(job: LearnConfig | TrainConfig) -> dict[str, int]:
+    """Tokens of a job: `per_step`, `steps`, `total`; padding counts."""
+    per_step = job.batch.global_batch_size * job.batch.seq_length
+    return {"per_step": per_step, "steps": job.train_steps, "total": per_step * job.train_steps}

@@ -111,7 +111,9 @@ def _markdown(report: Mapping[str, Any]) -> Iterator[str]:
     )
     if "probe" in report:
         yield from _probe(report["probe"])
-    shown = {"name", "bits_per_byte", "bytes_per_token", "probe", "versions", "config_hash", "history"}
+    if "stages" in report:
+        yield from _stages(report["stages"])
+    shown = {"name", "bits_per_byte", "bytes_per_token", "probe", "stages", "versions", "config_hash", "history"}
     for section in [name for name in report if name not in shown]:
         yield from _table(_title(section), ("what", "value"), _leaf_rows(report[section]))
     yield from _table(
@@ -145,6 +147,16 @@ def _probe(values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[
     stages_named = [_words(stage) for stage in next(iter(values.values()))]
     title = "Probe: facts that only source-language text tells, asked in each language (share right, standard error)"
     yield from _table(title, ("asked in", *stages_named, "chance", "questions"), rows)
+
+
+def _stages(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    rows = []
+    for stage in stages:
+        for source in stage["sources"]:
+            start, end = (f"{share:.2%}" for share in source["share"])
+            share = start if start == end else f"{start} to {end}"
+            rows.append((stage["name"], source["name"], share, f"{source['tokens']:,}", f"{source['epochs']:.3f}"))
+    yield from _table("Stages of the training data", ("stage", "text", "share", "tokens", "epochs"), rows)
 
 
 def _token_rows(values: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_cpt.checkpoint.random import write_random_hf
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.schema import LlamaShape
+from megatron_cpt.data import IndexedDataset, pack_dataset
+from tests.data.test_windows import write_dataset
+
+CURRICULA = Path(__file__).parents[2] / "examples" / "curricula"
 
 
 @pytest.fixture
@@ -50,3 +56,91 @@ def test_texts_that_are_not_there(base: list[str], tmp_path: Path, capsys: pytes
     missing.write_text("text\n")
     assert main(["run", "--dry-run", *words]) == 0
     assert not (tmp_path / "run").exists()
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["plan", *words, "--json"]) == 0
+    job: dict[str, Any] = json.loads(capsys.readouterr().out)["jobs"]["train"]
+    return job
+
+
+def test_the_curricula_are_planned_before_anything_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shares, samples and epochs from the sizes that they state, and for all that is missing how it is made."""
+    monkeypatch.chdir(tmp_path)
+    job = planned(capsys, str(CURRICULA / "ricoh.yaml"))
+    assert job["layout"] is None and job["tokens"]["total"] == 16290 * 1024 * 4096
+    assert [[(row["name"], row["share"][0]) for row in stage["sources"]] for stage in job["stages"]] == [
+        [("en", 0.75), ("wiki", 0.25), ("cc100", 0.25), ("oscar", 0.25)],
+        [("en", 0.25), ("oscar", 0.75), ("cc100", 0.75), ("wiki", 0.75)],
+    ]
+    assert {round(source["epochs"], 1) for source in job["sources"]} == {0.9, 1.0}
+    assert [(each["what"], each["path"]) for each in job["missing"]] == [
+        ("tokenizer", "tokenizer"),
+        ("base", "base"),
+        *((f"dataset {name}", f"data/{path}") for name, path in
+          [("wiki", "ja.wiki"), ("cc100", "ja.cc100"), ("oscar", "ja.oscar"), ("en", "en")]),
+    ]  # fmt: skip
+    build = "megatron-cpt data build FILE... --tokenizer tokenizer --output data/ja.wiki --language ja"
+    assert job["missing"][2]["make"] == build
+    assert main(["plan", str(CURRICULA / "swallow.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "dataset cc.5: data/cc.5\n    megatron-cpt data build" in shown and "unknown, tokenizer or base" in shown
+    assert main(["train", str(CURRICULA / "ricoh.yaml"), "--dry-run"]) == 2, "what train would refuse"
+    assert "base" in capsys.readouterr().err
+
+
+def test_what_is_not_known_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One dataset is built, one is built and not packed, one has a stated size, one has none."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "built", [100, 200])
+    write_dataset(tmp_path / "unpacked", [90, 91])
+    train = [
+        {"prefix": "built", "language": "a"},
+        {"prefix": "unpacked", "language": "a", "packing": "best_fit"},
+        {"prefix": "stated", "language": "b", "tokens": 641, "max_epochs": 1},
+        {"prefix": "nothing", "language": "b", "max_epochs": 1},
+    ]
+    turns = {"sources": ["stated", "nothing"], "share": 1, "in_turn": True}
+    stages = [
+        {"name": "mixed", "tokens": 640, "shares": [{"sources": [name], "share": 1} for name in
+                                                    ("built", "unpacked", "stated", "nothing")]},
+        {"name": "turns", "tokens": 640, "shares": [turns]},
+        {"name": "parts", "tokens": 640, "shares": [{**turns, "parts": [1, 1]}]},
+    ]  # fmt: skip
+    job = {
+        "output": "run", "tokenizer": "none", "initial_checkpoint": "none", "train_steps": 60,
+        "batch": {"seq_length": 32, "global_batch_size": 1}, "data": {"train": train, "stages": stages},
+    }  # fmt: skip
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(job))
+    found = planned(capsys, str(path))
+    rows = [{row["name"]: (row["samples"], row["epochs"]) for row in stage["sources"]} for stage in found["stages"]]
+    assert rows == [
+        {"built": (5, 0.5), "unpacked": (5, 5 / 6), "stated": (5, 0.25), "nothing": (5, None)},
+        {"stated": (None, None), "nothing": (None, None)},
+        {"stated": (10, 0.5), "nothing": (10, None)},
+    ]
+    assert [(source["samples"], source["known_from"], source["epochs"]) for source in found["sources"]] == [
+        (10, "dataset", 0.5),
+        (6, "dataset, not packed yet", 5 / 6),
+        (20, "tokens in the configuration", None),
+        (None, None, None),
+    ]
+    assert main(["plan", str(path)]) == 0
+    assert "nothing: not built, and no `tokens` stated" in capsys.readouterr().out
+    path.write_text(
+        json.dumps({**job, "data": {"train": train, "stages": [*stages[:1], {**stages[2], "tokens": 1280}]}})
+    )
+    assert main(["plan", str(path)]) == 2
+    assert "source 'stated' runs out in stage 'parts' at token" in capsys.readouterr().err
+    pack_dataset(IndexedDataset(tmp_path / "unpacked"), 32)
+    write_dataset(tmp_path / "stated", [300, 400])
+    write_dataset(tmp_path / "nothing", [700, 701])
+    path.write_text(json.dumps(job))
+    found = planned(capsys, str(path))
+    assert {source["known_from"] for source in found["sources"]} == {"dataset"} and len(found["missing"]) == 2
+    assert None not in [source["epochs"] for source in found["sources"]]

@@ -222,6 +222,65 @@ def test_own_files_on_an_existing_base(run: Path, own_files: dict[str, Path], tm
     assert reports["extend"]["bits_per_byte"]["ja"]["base"] == plain["base"]
 
 
+STAGES = [
+    {
+        "name": "one",
+        "tokens": 2 * 16 * 128,
+        "shares": [{"sources": ["en"], "share": 3}, {"sources": ["first"], "share": 1}],
+    },
+    {
+        "name": "two",
+        "tokens": 2 * 16 * 128,
+        "shares": [{"sources": ["first", "second"], "share": 1, "in_turn": True}],
+        "replay": {"sources": ["en"], "share": 0.25},
+    },
+]
+
+
+def test_a_recipe_with_stages(
+    run: Path, own_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two stages of texts with names: planned before anything is built, run to the end, told in report and record."""
+    with gzip.open(own_files["ja"], "rt") as file:
+        lines = file.readlines()
+    target = {}
+    for name, part, options in (("first", lines[:60], {}), ("second", lines[60:], {"max_epochs": 4, "tokens": 9000})):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+        target[name] = {"files": str(tmp_path / f"{name}.jsonl"), **options}
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
+    changes = {"train": {"stages": STAGES, "replay": None}, "data": {"builtin": None, "target": target}}
+    recipe.write_text(json.dumps({"extends": "quickstart", **changes}))
+    settings = [
+        *(setting for setting in TINY if not setting.startswith("base.")),
+        *(f"output={output}", f"data.source={own_files['en']}", "data.held_out_fraction=0.2"),
+        *(f"base.path={run / 'base' / 'hf'}", "base.shape=null", "base.train=null"),
+        *("train.parallel.tensor_model_parallel_size=1", "train.num_processes=1"),
+    ]
+    words = [str(recipe), *(word for setting in settings for word in ("--set", setting)), "--json"]
+    shares = [{"en": 0.75, "first": 0.25}, {"en": 0.25, "first": 0.75, "second": 0.75}]
+
+    def shares_of(stages: list[dict[str, Any]]) -> list[dict[str, float]]:
+        return [{row["name"]: row["share"][0] for row in stage["sources"]} for stage in stages]
+
+    assert main(["plan", *words]) == 0
+    job = json.loads(capsys.readouterr().out)["jobs"]["adapt"]
+    assert shares_of(job["stages"]) == shares
+    known = {source["name"]: (source["samples"], source["known_from"]) for source in job["sources"]}
+    assert known == {"en": (None, None), "first": (None, None), "second": (71, "tokens in the configuration")}
+    assert main(["run", *words]) == 0
+    report = report_of(output)
+    assert shares_of(report["stages"]) == shares and [stage["samples"] for stage in report["stages"]] == [32, 32]
+    assert "| two | second | 75.00% |" in (output / "report.md").read_text()
+    order = json.loads((output / "train" / "run.json").read_text())["content.data"]
+    assert [stage["name"] for stage in order["stages"]] == ["one", "two"]
+    assert sorted(source["name"] for source in order["sources"]) == ["en", "first", "second"]
+    assert sum("loss" in record for record in read_metrics(output / "train")) == 4
+    capsys.readouterr()
+    assert main(["plan", *words]) == 0
+    job = json.loads(capsys.readouterr().out)["jobs"]["adapt"]
+    assert job["stages"] == report["stages"], "once all is built, epochs are known"
+
+
 def test_malformed_line_is_refused_before_training(
     own_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
