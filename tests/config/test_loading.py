@@ -253,3 +253,58 @@ def test_rules_of_a_training_job(tmp_path: Path) -> None:
     assert refusal(job, twice, model=TrainConfig).startswith("data.validation: got 2 sets of language 'ja', expected")
     assert load_config(job, TrainConfig, [twice.replace("d, language: ja", "d, language: ko")])
     assert load_config(job, TrainConfig, ["data.train.1.language=en"])  # two sources of one language are a mixture
+
+
+NAMED = """
+extends: real-text
+data:
+  source: [en.jsonl]
+  target: {wiki: {files: wiki.jsonl, max_epochs: 2}, web: {files: [a.jsonl, b.jsonl], weight: 3}}
+train:
+  train_steps: 2
+  optimizer: {warmup_steps: 0}
+  replay: null
+  stages:
+    - {name: all, tokens: 4096, shares: [{sources: [en, wiki], share: 1}, {sources: [web], share: [0, 1]}]}
+"""
+
+
+def test_texts_with_names_and_stages_of_a_recipe(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "recipe.yaml", NAMED)
+    resolved = load_config(recipe, RunConfig)
+    shown = write(tmp_path / "shown.yaml", resolved.dump())
+    assert load_config(shown, RunConfig).config == resolved.config
+    data = resolved.config.training_data("shards")
+    assert [(s.prefix, s.title, s.language, s.weight, s.max_epochs) for s in data.train] == [
+        ("shards/wiki.train", "wiki", "ja", 1, 2),
+        ("shards/web.train", "web", "ja", 3, None),
+        ("shards/en.train", "en", "en", 1, None),
+    ]
+    assert data.stages == resolved.config.train.stages
+    cases = {
+        "train.replay=0.1": "train: got stages and also replay=0.1, expected one of the two ways",
+        "train.stages.0.shares.0.sources=[en, wik]": "train.stages.0: got source 'wik', expected one of the texts; did",
+        "train.train_steps=3": "train.stages: got 4,096 tokens in all, expected at least train_steps",
+        "data.source_language=web": "data: got the name 'web' in source and in target",
+        "data.target.wiki.file=x": "data.target.wiki.file: unknown key (from --set); did you mean data.target.wiki.f",
+        "data.target.web.weight=0": "data.target.web.weight: got 0, expected a number greater than 0",
+        "data.target.a/b={files: x}": "expected a name of letters, digits",
+        "data.target=3": "data.target: got 3, expected text, or a list, or",
+    }
+    for change, expected in cases.items():
+        assert expected in refusal(recipe, change), change
+    nothing = write(
+        tmp_path / "nothing.yaml", NAMED.partition("  target:")[0] + "  target: {}\ntrain: {train_steps: 30}"
+    )
+    assert "data.target: got no text, expected at least one name with files" in refusal(nothing)
+
+
+def test_texts_share_what_a_language_has_without_stages(tmp_path: Path) -> None:
+    """And a recipe of two plain texts has the weights that it always had."""
+    recipe = write(tmp_path / "recipe.yaml", NAMED)
+    weights = [s.weight for s in load_config(recipe, RunConfig, ["train.stages=[]"]).config.training_data("x").train]
+    assert weights == [0.9 * 1 / 4, 0.9 * 3 / 4, 0.1]
+    plain = [f"data.{side}={side}.jsonl" for side in ("source", "target")]
+    for replay, expected in (("0.3", [("ja", 0.7), ("en", 0.3)]), ("0", [("ja", 1.0)]), ("1", [("en", 1.0)])):
+        config = load_config("real-text", RunConfig, [*plain, f"train.replay={replay}"]).config
+        assert [(source.name, source.weight) for source in config.training_data("x").train] == expected
