@@ -254,7 +254,7 @@ def test_a_recipe_with_stages(
         *(setting for setting in TINY if not setting.startswith("base.")),
         *(f"output={output}", f"data.source={own_files['en']}", "data.held_out_fraction=0.2"),
         *(f"base.path={run / 'base' / 'hf'}", "base.shape=null", "base.train=null"),
-        *("train.parallel.tensor_model_parallel_size=1", "train.num_processes=1"),
+        *("train.parallel.tensor_model_parallel_size=1", "train.num_processes=1", "tokenizer.method=none"),
     ]
     words = [str(recipe), *(word for setting in settings for word in ("--set", setting)), "--json"]
     shares = [{"en": 0.75, "first": 0.25}, {"en": 0.25, "first": 0.75, "second": 0.75}]
