@@ -181,6 +181,7 @@ def _explained(caught: RuntimeError, lines: _Lines, vocab_size: int, reserved: i
 
 
 def write_tokenizer_manifest(folder: Path, inputs: dict[str, str], **fields: object) -> None:
-    """Write the manifest that finishes a tokenizer folder; it holds the hash of both vocabulary files."""
-    files = {name: sha256_file(folder / name) for name in (SENTENCEPIECE_FILE, JSON_FILE)}
+    """Write the manifest that finishes a tokenizer folder; it holds the hash of each vocabulary file."""
+    names = [name for name in (SENTENCEPIECE_FILE, JSON_FILE) if (folder / name).is_file()]
+    files = {name: sha256_file(folder / name) for name in names}
     write_manifest(folder / MANIFEST, "tokenizer", inputs, **fields, outputs=files)
