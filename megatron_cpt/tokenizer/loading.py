@@ -169,6 +169,14 @@ class JsonTokenizer(Tokenizer):
         self.eos_id = self._find(named.get("eos_token"), "</s>", "<|end_of_text|>", "<|endoftext|>")
         self.unk_id = self._find(named.get("unk_token"), "<unk>")
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as caught:
+            raise _not_unicode(caught) from None
+        return ids
+
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """Ids of each text, in order; the library takes the threads it likes, whatever `num_threads` says."""
         try:

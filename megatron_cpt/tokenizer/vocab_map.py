@@ -122,9 +122,9 @@ def map_vocabularies(old: Tokenizer, new: Tokenizer) -> VocabMap:
     """Find every piece of a new vocabulary in an old one, of the same family or another, by its exact bytes.
 
     SentencePiece and byte-level vocabularies write the same text in different ways; see `Tokenizer.piece_bytes`.
-    Of two old pieces with the same bytes, a byte piece matches a byte piece first and text matches text. BOS, EOS
-    and the unknown token are matched by what they are for, other special tokens by their spelling. A new special
-    token that the old vocabulary lacks counts as a new piece, cut as its spelling.
+    Of two old pieces with the same bytes, such as `a` and `<0x61>`, the one that is written alike is taken, else
+    the one that texts use. BOS, EOS and the unknown token are matched by what they are for, other special tokens
+    by their spelling. A new special token that the old vocabulary lacks counts as a new piece, cut as its spelling.
 
     Args:
         old: the vocabulary a model has.
@@ -140,7 +140,7 @@ def map_vocabularies(old: Tokenizer, new: Tokenizer) -> VocabMap:
         if kind == "unused":
             entries.append(Entry("padding", None))
             continue
-        old_id = specials.get(id) if data is None else found.get((kind == "byte", data), found.get((None, data)))
+        old_id = specials.get(id) if data is None else found.get((data, new.piece(id)), found.get((data, None)))
         if old_id is None:
             entries.append(new_entry(old, new.piece(id).encode() if data is None else data))
         else:
@@ -168,16 +168,15 @@ def kept_entries(tokenizer: Tokenizer) -> Sequence[Entry]:
     return [Entry(origin(id), id) for id in range(tokenizer.vocab_size)]
 
 
-def _by_bytes(tokenizer: Tokenizer) -> dict[tuple[bool | None, bytes], int]:
-    """Ids by (whether it is a byte piece, bytes); under None whichever there is, text before byte pieces."""
-    found: dict[tuple[bool | None, bytes], int] = {}
-    for id in range(tokenizer.vocab_size):
+def _by_bytes(tokenizer: Tokenizer) -> dict[tuple[bytes, str | None], int]:
+    """Ids by (bytes, piece as it is written), and by (bytes, None) whatever there is, text before byte pieces."""
+    found: dict[tuple[bytes, str | None], int] = {}
+    for id in sorted(range(tokenizer.vocab_size), key=lambda id: tokenizer.kind(id) == "byte"):
         data = tokenizer.piece_bytes(id)
         if data is not None:
-            found.setdefault((tokenizer.kind(id) == "byte", data), id)
-    return found | {
-        (None, data): id for is_byte in (True, False) for (kind, data), id in found.items() if kind is is_byte
-    }
+            found.setdefault((data, None), id)
+            found.setdefault((data, tokenizer.piece(id)), id)
+    return found
 
 
 def _matched_specials(old: Tokenizer, new: Tokenizer) -> dict[int, int]:

@@ -93,6 +93,9 @@ def test_across_families(base: Path, extended: Path, byte_level: Path, tmp_path:
     counts = map_vocabularies(sentencepiece, bytelevel).counts()
     assert counts["byte"] == 256
     assert counts["kept"] > 50  # " the" and the like
+    # A byte that texts write is the letter, not the byte piece that no text gives.
+    letter = map_vocabularies(sentencepiece, bytelevel).entries[bytelevel.encode("t")[0]].old_id
+    assert letter is not None and sentencepiece.piece(letter) == "t"
     # A piece within the old family's pieces, found by another route.
     the = bytelevel.encode(" the")
     assert [map_vocabularies(sentencepiece, bytelevel).entries[id].old_id for id in the] == sentencepiece.encode("the")

@@ -148,7 +148,8 @@ class _Text:
         for gone, weight in _sums(np.concatenate(lost), np.concatenate(old_weights)):
             if gone != pair:
                 self.counts[gone] -= weight
-        self._forget_empty(lost)
+                if not self.counts[gone]:
+                    del self.counts[gone], self._places[gone]
         before = self.previous[at]
         made = [
             self._pairs(self.ids[before[has_before]], result),
@@ -181,11 +182,6 @@ class _Text:
             at = np.array(chosen, np.int32)
         return at
 
-    def _forget_empty(self, lost: list[Ints]) -> None:
-        for pair in {pair for pairs in lost for pair in np.unique(pairs).tolist()}:
-            if self.counts.get(pair) == 0:
-                del self.counts[pair], self._places[pair]
-
     @staticmethod
     def _pairs(left: npt.NDArray[np.int32] | int, right: npt.NDArray[np.int32] | int) -> Ints:
         return np.asarray(left, np.int64) << 32 | np.asarray(right, np.int64)
@@ -197,9 +193,10 @@ class _Text:
         order = np.argsort(pairs, kind="stable")
         pairs, places = pairs[order], places[order]
         starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
-        sums = np.add.reduceat(self.weights[places], starts)
-        parts = np.split(places, starts[1:])
-        return list(zip(pairs[starts].tolist(), sums.tolist(), parts, strict=True))
+        sums = np.add.reduceat(self.weights[places], starts).tolist()
+        spans = zip(starts.tolist(), [*starts[1:].tolist(), len(places)], strict=True)
+        parts = [places[start:end] for start, end in spans]
+        return list(zip(pairs[starts].tolist(), sums, parts, strict=True))
 
 
 def _sums(keys: Ints, weights: Ints) -> list[tuple[int, int]]:
