@@ -97,18 +97,7 @@ def extend_byte_level(
     read = Texts(texts)
     learned = _learn(model, read, num_pieces, script, min_count)
     old = model.tokenizer
-    spelled, merges = _spelled(model, learned)
-    reachable = _reachable(model, spelled, merges)
-    new = reachable
-    while new and (excess := (old.vocab_size + len(new)) % divisor):
-        new = _reachable(model, new[: max(0, len(new) - excess)], merges)
-    if not new:
-        raise TokenizerError(
-            f"no piece is left to append: {len(spelled)} were learned, {len(spelled) - len(reachable)} of them are "
-            f"unreachable and {len(reachable)} were dropped to make the size a multiple of {divisor}; check the corpus "
-            f"and the script {script!r}, or use a smaller divisor"
-        )
-    merges = _among(model, new, merges)
+    new, merges, dropped = _chosen(model, learned, script, divisor)
     ids = {piece: id for id, piece in enumerate(new, start=old.vocab_size)}
     used = {written(learned.pieces[id - old.vocab_size]) for id in learned.used if id >= old.vocab_size}
     report = ByteLevelExtendReport(
@@ -117,7 +106,7 @@ def extend_byte_level(
         num_new=len(new),
         num_merges=len(merges),
         requested=num_pieces,
-        dropped={"unreachable": len(spelled) - len(reachable), "divisor": len(reachable) - len(new)},
+        dropped=dropped,
         num_inner=len(ids.keys() - used),
         lines=read.lines,
         text_bytes=read.bytes,
@@ -158,7 +147,25 @@ def _learn(model: JsonModel, texts: Iterable[str], num_pieces: int, script: str,
     )
 
 
-def _spelled(model: JsonModel, learned: Learned) -> tuple[list[str], list[tuple[str, str]]]:
+def _chosen(
+    model: JsonModel, learned: Learned, script: str, divisor: int
+) -> tuple[list[str], list[Merge], dict[str, int]]:
+    """The pieces to append, their merges, and how many were dropped for which reason."""
+    spelled, merges = _spelled(model, learned)
+    new = reachable = _reachable(model, spelled, merges)
+    while new and (excess := (model.tokenizer.vocab_size + len(new)) % divisor):
+        new = _reachable(model, new[: max(0, len(new) - excess)], merges)
+    dropped = {"unreachable": len(spelled) - len(reachable), "divisor": len(reachable) - len(new)}
+    if not new:
+        raise TokenizerError(
+            f"no piece is left to append: {len(spelled)} were learned, of which {dropped['unreachable']} are unreachable "
+            f"and {dropped['divisor']} were dropped to make the size a multiple of {divisor}; check the corpus and the "
+            f"script {script!r}, or use a smaller divisor"
+        )
+    return new, _among(model, new, merges), dropped
+
+
+def _spelled(model: JsonModel, learned: Learned) -> tuple[list[str], list[Merge]]:
     """The pieces and merges in the byte alphabet."""
     new = [written(data) for data in learned.pieces]
     names = {id: piece for piece, id in model.vocab.items()}
