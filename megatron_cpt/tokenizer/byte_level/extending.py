@@ -158,8 +158,8 @@ def _chosen(
     dropped = {"unreachable": len(spelled) - len(reachable), "divisor": len(reachable) - len(new)}
     if not new:
         raise TokenizerError(
-            f"no piece is left to append: {len(spelled)} were learned, of which {dropped['unreachable']} are unreachable "
-            f"and {dropped['divisor']} were dropped to make the size a multiple of {divisor}; check the corpus and the "
+            f"no piece is left to append: of {len(spelled)} learned ones {dropped['unreachable']} are unreachable and "
+            f"{dropped['divisor']} were dropped to make the size a multiple of {divisor}; check the corpus and the "
             f"script {script!r}, or use a smaller divisor"
         )
     return new, _among(model, new, merges), dropped
