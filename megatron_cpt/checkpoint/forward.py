@@ -1,6 +1,7 @@
 """A plain Llama forward pass straight from a checkpoint, one layer in memory at a time.
 
-It is the yardstick: used to verify conversions, to score text and to calibrate, never to train.
+It is the yardstick: used to verify conversions, to score text and to calibrate, never to train. Its backward
+pass gives the gradient of the embedded tokens alone, layer by layer as well.
 Shape letters: B rows, S positions, N = B*S tokens, D hidden, H heads, G key-value heads, K head size,
 F feed-forward, V true vocabulary.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +24,15 @@ from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import DataError
 
 LOGITS_BLOCK_ELEMENTS = 1 << 25  # largest block of logits that token_nats holds at once
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents among N tokens: the rotary angles of each, and (length, starts) of those of one length."""
+
+    cos_NK: Tensor
+    sin_NK: Tensor
+    groups: tuple[tuple[int, Tensor], ...]
 
 
 class LlamaForward:
@@ -65,21 +76,57 @@ class LlamaForward:
             hidden_BSD in `dtype`.
         """
         batch, length = tokens_BS.shape
-        borders = self._borders(batch, length, cu_seqlens)
         hidden_ND = self._embed(tokens_BS.reshape(-1).to(self._device))
+        return self.body(hidden_ND, self.layout(batch, length, cu_seqlens)).view(batch, length, -1)
+
+    def layout(self, batch: int, length: int, cu_seqlens: Tensor | Sequence[int] | None = None) -> Layout:
+        """Where documents lie among B rows of S tokens (see `hidden`), for `body` and `body_gradient`."""
+        borders = self._borders(batch, length, cu_seqlens)
         starts, lengths = borders[:-1], borders[1:] - borders[:-1]
         position_N = torch.arange(batch * length) - torch.repeat_interleave(starts, lengths)
-        cos_NK, sin_NK = self._rotary(position_N.to(self._device))
-        groups = [(int(size), starts[lengths == size]) for size in lengths.unique()]
+        groups = tuple((int(size), starts[lengths == size]) for size in lengths.unique())
+        return Layout(*self._rotary(position_N.to(self._device)), groups)
+
+    @torch.no_grad()
+    def body(self, embedded_ND: Tensor, layout: Layout, tape: list[Tensor] | None = None) -> Tensor:
+        """Hidden states after the final norm, from rows of the embedding.
+
+        Args:
+            embedded_ND: what the first layer gets.
+            layout: of the documents.
+            tape: takes the input of each layer and of the final norm, for `body_gradient`.
+        """
+        hidden_ND = embedded_ND
         for layer in range(self.shape.num_layers):
-            prefix = f"model.layers.{layer}."
-            normed_ND = self._norm(hidden_ND, prefix + "input_layernorm.weight")
-            hidden_ND = hidden_ND + self._attention(normed_ND, prefix + "self_attn.", cos_NK, sin_NK, groups)
-            normed_ND = self._norm(hidden_ND, prefix + "post_attention_layernorm.weight")
-            gate_NF = F.silu(F.linear(normed_ND, self._weight(prefix + "mlp.gate_proj.weight")))
-            up_NF = F.linear(normed_ND, self._weight(prefix + "mlp.up_proj.weight"))
-            hidden_ND = hidden_ND + F.linear(gate_NF * up_NF, self._weight(prefix + "mlp.down_proj.weight"))
-        return self._norm(hidden_ND, FINAL_NORM).view(batch, length, -1)
+            if tape is not None:
+                tape.append(hidden_ND)
+            hidden_ND = self._layer(layer, hidden_ND, layout)
+        if tape is not None:
+            tape.append(hidden_ND)
+        return self._norm(hidden_ND, FINAL_NORM)
+
+    def body_gradient(self, tape: list[Tensor], layout: Layout, grad_ND: Tensor) -> Tensor:
+        """Gradient of `embedded_ND` from that of the hidden states; the weights are constants.
+
+        Each layer is computed again from its input on the tape, which is used up, so one layer's weights and
+        activations are in memory at a time.
+        """
+        for layer in range(self.shape.num_layers, -1, -1):
+            input_ND = tape.pop().requires_grad_(True)
+            with torch.enable_grad():
+                is_norm = layer == self.shape.num_layers
+                output_ND = self._norm(input_ND, FINAL_NORM) if is_norm else self._layer(layer, input_ND, layout)
+            (grad_ND,) = torch.autograd.grad(output_ND, input_ND, grad_ND)
+        return grad_ND
+
+    def _layer(self, layer: int, hidden_ND: Tensor, layout: Layout) -> Tensor:
+        prefix = f"model.layers.{layer}."
+        normed_ND = self._norm(hidden_ND, prefix + "input_layernorm.weight")
+        hidden_ND = hidden_ND + self._attention(normed_ND, prefix + "self_attn.", layout)
+        normed_ND = self._norm(hidden_ND, prefix + "post_attention_layernorm.weight")
+        gate_NF = F.silu(F.linear(normed_ND, self._weight(prefix + "mlp.gate_proj.weight")))
+        up_NF = F.linear(normed_ND, self._weight(prefix + "mlp.up_proj.weight"))
+        return hidden_ND + F.linear(gate_NF * up_NF, self._weight(prefix + "mlp.down_proj.weight"))
 
     @torch.no_grad()
     def logits(
@@ -162,19 +209,17 @@ class LlamaForward:
             first += block_VD.shape[0]
         return hidden_ND
 
-    def _attention(
-        self, normed_ND: Tensor, prefix: str, cos_NK: Tensor, sin_NK: Tensor, groups: list[tuple[int, Tensor]]
-    ) -> Tensor:
+    def _attention(self, normed_ND: Tensor, prefix: str, layout: Layout) -> Tensor:
         """Causal attention inside each document; documents of one length are computed together."""
         per_head = (len(normed_ND), -1, self.shape.head_dim)
         query_NHK, key_NGK, value_NGK = (
             F.linear(normed_ND, self._weight(f"{prefix}{kind}_proj.weight")).view(per_head) for kind in "qkv"
         )
-        query_NHK, key_NGK = (_rotate(heads, cos_NK, sin_NK) for heads in (query_NHK, key_NGK))
+        query_NHK, key_NGK = (_rotate(heads, layout.cos_NK, layout.sin_NK) for heads in (query_NHK, key_NGK))
         repeats = self.shape.num_attention_heads // self.shape.num_query_groups
         key_NHK, value_NHK = (heads.repeat_interleave(repeats, dim=1) for heads in (key_NGK, value_NGK))
         out_NHK = torch.empty_like(query_NHK)
-        for size, starts in groups:
+        for size, starts in layout.groups:
             index = (starts[:, None] + torch.arange(size)).to(self._device)
             query, key, value = (heads[index].transpose(1, 2) for heads in (query_NHK, key_NHK, value_NHK))
             out_NHK[index] = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)

@@ -119,18 +119,7 @@ def write_run_report(
         "after_surgery": (paths.operated_model, paths.tokenizer, adapted),
         "adapted": (paths.exported_model, paths.tokenizer, adapted),
     }
-    questions = read_probe(paths.text) if config.data.builtin == "world" else {}
-    scores: dict[str, dict[str, float]] = {language: {} for language in languages}
-    probe: dict[str, dict[str, Any]] = {language: {} for language in questions}
-    for stage, (model, tokenizer_path, prefixes) in models.items():
-        forward = LlamaForward(model, cache=True, device=current_device().torch_device())
-        tokenizer = load_tokenizer(tokenizer_path)
-        for language, prefix in prefixes.items():
-            dataset = IndexedDataset(prefix)
-            score = score_dataset(forward, dataset, config.train.batch.seq_length, tokenizer.eos_id)
-            scores[language][stage] = score["bits_per_byte"]
-        for language, items in questions.items():
-            probe[language][stage] = probe_accuracy(forward, tokenizer, items)
+    scores, probe = _scores(models, steps.facts("surgery").get("certificate"), paths, languages)
     facts = {name: steps.facts(name) for name in ("tokenizer", "export")}
     metrics = read_metrics(paths.train)
     history = _history(metrics)
@@ -171,6 +160,35 @@ def _stages(paths: Paths) -> list[dict[str, Any]]:
     num_samples = config.train.train_steps * batch.global_batch_size
     stages = forecast(config.training_data(str(paths.shards)), batch.seq_length, config.seed, num_samples)["stages"]
     return list(stages)
+
+
+def _scores(
+    models: dict[str, tuple[Path, Path, dict[str, Path]]],
+    certificate: dict[str, Any] | None,
+    paths: Paths,
+    languages: tuple[str, str],
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
+    """Bits per byte and probe of each stage's (model, tokenizer, held-out prefixes), by language."""
+    questions = read_probe(paths.text) if paths.config.data.builtin == "world" else {}
+    scores: dict[str, dict[str, float]] = {language: {} for language in languages}
+    probe: dict[str, dict[str, Any]] = {language: {} for language in questions}
+    for stage, (model, tokenizer_path, prefixes) in models.items():
+        side = {"base": "before", "after_surgery": "after"}.get(stage)
+        if certificate is not None and side is not None:  # measured by the surgery, on the same windows
+            for language in languages:
+                scores[language][stage] = certificate["bits_per_byte"][language][side]
+            prefixes = {}
+        if not prefixes and not questions:
+            continue
+        forward = LlamaForward(model, cache=True, device=current_device().torch_device())
+        tokenizer = load_tokenizer(tokenizer_path)
+        for language, prefix in prefixes.items():
+            dataset = IndexedDataset(prefix)
+            score = score_dataset(forward, dataset, paths.config.train.batch.seq_length, tokenizer.eos_id)
+            scores[language][stage] = score["bits_per_byte"]
+        for language, items in questions.items():
+            probe[language][stage] = probe_accuracy(forward, tokenizer, items)
+    return scores, probe
 
 
 def _history(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

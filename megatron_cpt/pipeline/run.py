@@ -23,7 +23,7 @@ from megatron_cpt.config.schema import (
 from megatron_cpt.data import build_dataset, build_files
 from megatron_cpt.data.world import write_world
 from megatron_cpt.errors import ConfigError, VerificationError
-from megatron_cpt.evaluation import logit_parity
+from megatron_cpt.evaluation import certify, check_certificate, logit_parity
 from megatron_cpt.pipeline.corpus import Corpus, open_corpora, world_corpora
 from megatron_cpt.pipeline.measuring import Paths, tokenizer_facts, write_run_report
 from megatron_cpt.pipeline.steps import Steps
@@ -210,11 +210,26 @@ class Run:
             tokenizers = Tokenizers(load_tokenizer(paths.base_tokenizer), load_tokenizer(paths.tokenizer))
             plan = plan_surgery(vocab_map, surgery.embedding, surgery.head, tokenizers)
             plan.save(paths.surgery / "plan", paths.tokenizer)
-            return apply_surgery(plan, paths.base_model, paths.operated_model, paths.tokenizer)
+            facts = apply_surgery(plan, paths.base_model, paths.operated_model, paths.tokenizer)
+            texts = {corpus.language: corpus.held_out() for corpus in (self.source, self.target)}
+            length = self.config.train.batch.seq_length
+            found = certify(
+                paths.base_model,
+                paths.operated_model,
+                plan,
+                paths.base_tokenizer,
+                texts,
+                self.source.language,
+                length,
+            )
+            check_certificate(paths.operated_model)
+            return {**facts, "certificate": found}
 
         names = (surgery.embedding.method, surgery.head.method)
         title = "vocabulary surgery: {} for the embedding, {} for the head".format(*names)
-        self.steps.add("surgery", title, surgery.model_dump(), ("base", "tokenizer"), operate, makes=(paths.surgery,))
+        settings = {**surgery.model_dump(), "seq_length": self.config.train.batch.seq_length}
+        needs = ("text", "base_tokenizer", "base", "tokenizer")
+        self.steps.add("surgery", title, settings, needs, operate, makes=(paths.surgery,))
 
     def _shards(self) -> None:
         paths = self.paths
@@ -237,6 +252,8 @@ class Run:
         def train() -> dict[str, Any]:
             data = self.config.training_data(str(paths.shards))
             data = data.model_copy(update={"validation": _validation(paths.shards, (source, target))})
+            if paths.operated_model != paths.base_model:
+                check_certificate(paths.operated_model)
             job = self._job(learn, paths.train, paths.tokenizer, data, initial=paths.operated_model)
             return {"checkpoint": str(run_job(job, learn.num_processes))}
 

@@ -19,6 +19,13 @@ from megatron_cpt.surgery.random_rows import normal_rows
 from megatron_cpt.surgery.row_mix import RowMix
 
 BLOCK_ROWS = 1024
+_ADJUSTMENT = {
+    "offset": "offset_D",
+    "feature": "feature_N",
+    "direction": "direction_D",
+    "down": "down_DR",
+    "up": "up_RD",
+}
 _JITTER = 1e-6  # of the mean variance, on the diagonal: tables of fewer rows than columns have no full rank
 FillKind = Literal["mean", "normal", "covariance"]
 Rule = Literal["clamped", "signed"]
@@ -67,15 +74,36 @@ class SimilarityMix:
 
 @dataclass(frozen=True, eq=False)
 class Adjustment:
-    """A few numbers for all rows of new pieces together: row <- (1 + scale) * row + offset + (row @ down) @ up.
+    """A few numbers for all rows of new pieces together, which calibration finds.
 
-    `offset_D`, `down_DR` and `up_RD` are float32; R may be 0.
+    row(v) <- (1 + scale) * row(v) + offset + feature(v) * direction + (row(v) @ down) @ up
+
+    All float32; R may be 0.
+
+    Attributes:
+        scale: one number.
+        offset_D: added to every new row.
+        feature_N: one number for each row of `MatrixPlan.new_rows`, such as the logarithm of its frequency.
+        direction_D: what the feature is a multiple of.
+        down_DR: first factor of a map of low rank R.
+        up_RD: its second factor.
     """
 
     scale: float
     offset_D: Tensor
+    feature_N: Tensor
+    direction_D: Tensor
     down_DR: Tensor
     up_RD: Tensor
+
+    def apply(self, rows_BD: Tensor, places: Tensor) -> Tensor:
+        """Adjust fp32 rows, which stand at `places` among the new rows."""
+        device = rows_BD.device
+        offset, direction, down, up = (
+            part.to(device) for part in (self.offset_D, self.direction_D, self.down_DR, self.up_RD)
+        )
+        feature = self.feature_N[places].to(device)[:, None]
+        return rows_BD * (1.0 + self.scale) + offset + feature * direction + (rows_BD @ down) @ up
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +162,7 @@ class MatrixPlan:
         if self.adjustment is not None:
             last = self.adjustment
             found["adjustment.scale"] = torch.tensor([last.scale], dtype=torch.float64)
-            found |= {"adjustment.offset": last.offset_D, "adjustment.down": last.down_DR, "adjustment.up": last.up_RD}
+            found |= {f"adjustment.{part}": getattr(last, name) for part, name in _ADJUSTMENT.items()}
         return found
 
     @classmethod
@@ -158,8 +186,8 @@ class MatrixPlan:
             rule = get_args(Rule)[int(tensors["similarity.rule"])]
             similarity = SimilarityMix(rows, old_rows, new, old, rule)
         if "adjustment.scale" in tensors:
-            parts = (tensors[f"adjustment.{part}"] for part in ("offset", "down", "up"))
-            adjustment = Adjustment(float(tensors["adjustment.scale"]), *parts)
+            parts = {name: tensors[f"adjustment.{part}"] for part, name in _ADJUSTMENT.items()}
+            adjustment = Adjustment(float(tensors["adjustment.scale"]), **parts)
         match_norm = bool(method.get("match_norm", False))
         plan = cls(mix, tensors["new_rows"], method, tuple(fills), similarity, match_norm, adjustment)
         plan.check()
@@ -181,9 +209,10 @@ class MatrixPlan:
             )
             sound = sound and bool(((made.old_rows >= 0) & (made.old_rows < self.mix.num_old_rows)).all())
         if self.adjustment is not None:
-            width, rank = self.adjustment.down_DR.shape
-            sound = sound and self.adjustment.offset_D.shape == (width,)
-            sound = sound and self.adjustment.up_RD.shape == (rank, width)
+            last = self.adjustment
+            width, rank = last.down_DR.shape
+            sound = sound and last.offset_D.shape == last.direction_D.shape == (width,)
+            sound = sound and last.up_RD.shape == (rank, width) and last.feature_N.shape == self.new_rows.shape
         if not sound:
             raise InputError("a plan's rows are out of range, made twice, or of shapes that do not fit; make it again")
 
@@ -245,7 +274,7 @@ class RowMaker:
         new = _inside(plan.new_rows, start, stop) - start
         if len(new) and (plan.match_norm or plan.adjustment is not None):
             touched[new] = True
-            wide[new.to(device)] = self._polished(self._sums(wide, new, start))
+            wide[new.to(device)] = self._polished(self._sums(wide, new, start), new + start)
         touched = touched.to(device)
         finished[touched] = wide[touched].to(finished.dtype)
         return finished
@@ -292,15 +321,13 @@ class RowMaker:
             weight_sum += weights.sum(1, keepdim=True)
         return torch.where(weight_sum == 0, self._mean.float(), total / weight_sum)
 
-    def _polished(self, rows: Tensor) -> Tensor:
+    def _polished(self, rows_BD: Tensor, new_rows: Tensor) -> Tensor:
         if self.plan.match_norm:
-            norm = rows.norm(dim=1, keepdim=True)
-            rows = torch.where(norm > 0, rows * (self._norm / norm), rows)
-        last = self.plan.adjustment
-        if last is None:
-            return rows
-        offset_D, down_DR, up_RD = (part.to(rows.device) for part in (last.offset_D, last.down_DR, last.up_RD))
-        return rows * (1.0 + last.scale) + offset_D + (rows @ down_DR) @ up_RD
+            norm = rows_BD.norm(dim=1, keepdim=True)
+            rows_BD = torch.where(norm > 0, rows_BD * (self._norm / norm), rows_BD)
+        if self.plan.adjustment is None:
+            return rows_BD
+        return self.plan.adjustment.apply(rows_BD, torch.searchsorted(self.plan.new_rows, new_rows))
 
     def _old_blocks(self) -> Iterator[Tensor]:
         """The old rows in fp32, without padding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,18 +157,17 @@ def test_similarity(rule: str, old_VD: torch.Tensor) -> None:
 def adjusted(a_map: VocabMap, method: str) -> MatrixPlan:
     generator = torch.Generator().manual_seed(9)
     plan = plan_surgery(a_map, parse_method(method)).embedding
-    parts = (torch.randn(shape, generator=generator) for shape in ((WIDTH,), (WIDTH, 3), (3, WIDTH)))
-    return MatrixPlan(plan.mix, plan.new_rows, plan.method, plan.fills, None, False, Adjustment(0.25, *parts))
+    shapes = (WIDTH,), (len(plan.new_rows),), (WIDTH,), (WIDTH, 3), (3, WIDTH)
+    adjustment = Adjustment(0.25, *(torch.randn(shape, generator=generator) for shape in shapes))
+    return replace(plan, adjustment=adjustment)
 
 
 def test_adjustment(a_map: VocabMap, old_VD: torch.Tensor) -> None:
     new, plan = new_ids(a_map), adjusted(a_map, "mean")
-    assert plan.adjustment is not None
-    before = made("mean", a_map, old_VD).double()[new]
-    offset, down, up = (
-        part.double() for part in (plan.adjustment.offset_D, plan.adjustment.down_DR, plan.adjustment.up_RD)
-    )
-    truth = before * 1.25 + offset + before @ down @ up
+    before, last = made("mean", a_map, old_VD).double()[new], plan.adjustment
+    assert last is not None
+    truth = before * 1.25 + last.offset_D + last.feature_N[:, None].double() * last.direction_D
+    truth += before @ last.down_DR.double() @ last.up_RD.double()
     rows = RowMaker(plan, old_VD).rows(0, a_map.new_size)
     torch.testing.assert_close(rows[new].double(), truth, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="calibrated on a model of width 24"):
@@ -188,8 +188,11 @@ def test_shards_are_slices(method: str, a_map: VocabMap, old_VD: torch.Tensor, m
 
 
 def test_saved_and_read(a_map: VocabMap, old_VD: torch.Tensor, tmp_path: Path) -> None:
-    for number, method in enumerate((*ALL, {"method": "mean", "match_norm": True})):
-        plan = plan_surgery(a_map, parse_method(method), parse_method("first"))
+    for number, method in enumerate((*ALL, {"method": "mean", "match_norm": True}, "adjusted")):
+        if method == "adjusted":
+            plan = replace(plan_surgery(a_map), head=adjusted(a_map, "mean"))
+        else:
+            plan = plan_surgery(a_map, parse_method(method), parse_method("first"))
         plan.save(tmp_path / str(number))
         loaded = SurgeryPlan.load(tmp_path / str(number))
         assert loaded.facts() == plan.facts() and loaded.row(99) == plan.row(99)

@@ -1,4 +1,4 @@
-"""`megatron-cpt surgery`: plan how vocabulary rows are made, and make them."""
+"""`megatron-cpt surgery plan`, `show` and `apply`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit, 
 if TYPE_CHECKING:
     from megatron_cpt.config.surgery import Method
 
-app = typer.Typer(help="Fit a model's embedding and head to another vocabulary.", no_args_is_help=True)
-
 Plan = Annotated[Path, typer.Argument(help="Folder of the plan.")]
 
 
-@app.command()
 def plan(
     old_tokenizer: Annotated[Path, typer.Option(help="The base model's tokenizer: its folder or file.")],
     new_tokenizer: Annotated[Path, typer.Option(help="Folder of the new tokenizer, with its vocab_map.json.")],
@@ -60,7 +57,6 @@ def plan(
     emit({"output": str(output), **made.facts()}, as_json, _facts)
 
 
-@app.command()
 def apply(
     plan: Plan,
     src: Annotated[Path, typer.Argument(help="Base model: a Hugging Face folder.")],
@@ -80,7 +76,6 @@ def apply(
     emit(value, as_json, _facts)
 
 
-@app.command()
 def show(
     plan: Plan,
     row: Annotated[int | None, typer.Option(min=0, help="Show what this new row is made of.")] = None,

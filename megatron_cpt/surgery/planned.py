@@ -1,0 +1,60 @@
+"""A model as it will be after surgery, before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
+from megatron_cpt.checkpoint.reader import ModelReader
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.surgery.matrix import RowMaker
+from megatron_cpt.surgery.plan import SurgeryPlan
+
+
+class PlannedReader:
+    """The tensors of a base model with the vocabulary rows of a plan (a `ModelReader`).
+
+    Args:
+        reader: the base.
+        plan: made for the base's vocabulary.
+
+    Raises:
+        CheckpointError: the base has fewer rows than the plan draws from.
+    """
+
+    def __init__(self, reader: ModelReader, plan: SurgeryPlan) -> None:
+        if reader.vocab_size < plan.old_size:
+            raise CheckpointError(
+                f"{reader.folder} has {reader.vocab_size} vocabulary rows, the plan starts from {plan.old_size}: "
+                "plan again with this model's tokenizer"
+            )
+        self.folder, self.llama, self.vocab_size = reader.folder, reader.llama, plan.new_size
+        self._reader = reader
+        self._plans = {EMBEDDING: plan.embedding, HEAD: plan.head}
+        self._makers: dict[str, RowMaker] = {}
+
+    def names(self) -> list[str]:
+        """Hugging Face names of all tensors, in the order of a forward pass."""
+        return self._reader.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor after surgery."""
+        shape = self._reader.shape(name)
+        return (self.vocab_size, *shape[1:]) if name in self._plans else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor."""
+        return self._reader.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, contiguous."""
+        return self.read_rows(name, 0, self.vocab_size) if name in self._plans else self._reader.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor's first dimension."""
+        if name not in self._plans:
+            return self._reader.read_rows(name, start, stop)
+        if name not in self._makers:
+            self._makers[name] = RowMaker(self._plans[name], self._reader.read(name))
+        return self._makers[name].rows(start, stop)

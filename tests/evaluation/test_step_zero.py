@@ -1,0 +1,142 @@
+"""The certificate of a surgery, its numbers against transformers, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from megatron_cpt.checkpoint import convert
+from megatron_cpt.cli.main import main
+from megatron_cpt.config.surgery import parse_method
+from megatron_cpt.data import Document
+from megatron_cpt.errors import CheckpointError, VerificationError
+from megatron_cpt.evaluation import CERTIFICATE, bits_per_byte, certify, check_certificate
+from megatron_cpt.surgery import SurgeryPlan, apply_surgery, plan_surgery
+from megatron_cpt.tokenizer import VocabMap
+from tests.surgery.conftest import *  # noqa: F403 - its fixtures
+from tests.surgery.conftest import Make
+
+TEXTS = {
+    "en": [Document("the river runs past a quiet town\nand nobody asks where it goes", "en", "test")],
+    "ja": [Document("\u9759\u304b\u306a\u5ddd\u304c\u753a\u3092\u6d41\u308c\u3066\u3044\u308b", "ja", "test")],
+}
+
+
+@pytest.fixture
+def plan(vocab_map: VocabMap) -> SurgeryPlan:
+    return plan_surgery(vocab_map)
+
+
+def operated(plan: SurgeryPlan, base: Path, new_tokenizer: Path, folder: Path) -> Path:
+    apply_surgery(plan, base, folder, new_tokenizer)
+    return folder
+
+
+def test_the_numbers(
+    plan: SurgeryPlan, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    base = make_model(plan.old_size)
+    made = operated(plan, base, new_tokenizer, tmp_path / "made")
+    found = certify(base, made, plan, old_tokenizer, TEXTS, "en", 64)
+    assert found["passed"] and found == json.loads((made / CERTIFICATE).read_text()) == check_certificate(made)
+    assert found["kept_rows"] == {"compared": 2 * plan.old_size, "different": 0}
+    assert found["logits"]["max_abs_diff"] == 0 and found["logits"]["tokens"] > 10
+    for language, documents in TEXTS.items():
+        after = bits_per_byte(made, documents, 64)["bits_per_byte"]
+        assert found["bits_per_byte"][language]["after"] == pytest.approx(after)
+    before = bits_per_byte(base, TEXTS["ja"], 64, old_tokenizer)["bits_per_byte"]
+    assert found["bits_per_byte"]["ja"]["before"] == pytest.approx(before)
+
+    network, tokenizer = LlamaForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
+    ids = torch.tensor([[1, *tokenizer(TEXTS["ja"][0].text, add_special_tokens=False).input_ids]])
+    with torch.no_grad():
+        share = network(ids).logits[0].softmax(-1)[:, plan.old_size :].sum(-1).mean()
+    assert found["probability_of_new_rows"]["ja"] == pytest.approx(float(share), rel=1e-4)
+    head = network.lm_head.weight.detach()[plan.old_size :].norm(dim=1)
+    assert found["matrices"]["head"]["norms"]["new"]["50%"] == pytest.approx(float(head.median()), rel=1e-5)
+
+
+def test_faults_are_counted(
+    vocab_map: VocabMap, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    zero = plan_surgery(vocab_map, parse_method("zero"))
+    base = make_model(zero.old_size)
+    made = operated(zero, base, new_tokenizer, tmp_path / "made")
+    found = certify(base, made, zero, old_tokenizer, TEXTS, "en", 64)
+    new = zero.new_size - zero.old_size
+    assert found["passed"]
+    assert (found["matrices"]["embedding"]["new_zero"], found["matrices"]["embedding"]["new_duplicates"]) == (
+        new,
+        new - 1,
+    )
+    assert found["matrices"]["head"]["new_zero"] == 0
+
+    weights = load_file(made / "model.safetensors")
+    weights["lm_head.weight"][7, 3] += 1
+    weights["lm_head.weight"][-1, 0] = float("nan")
+    save_file(weights, made / "model.safetensors", {"format": "pt"})
+    found = certify(base, made, zero, old_tokenizer, TEXTS, "en", 64)
+    assert not found["passed"] and found["kept_rows"]["different"] == 1 and found["logits"]["max_abs_diff"] > 0
+    assert found["matrices"]["head"]["new_not_finite"] == 1
+    with pytest.raises(VerificationError, match="1 kept rows differ"):
+        check_certificate(made)
+
+
+def test_tied_and_torch_dist(
+    plan: SurgeryPlan, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    base = make_model(plan.old_size, True)
+    made = operated(plan, base, new_tokenizer, tmp_path / "made")
+    convert(made, tmp_path / "dist", "torch_dist")
+    shutil.copy(new_tokenizer / "tokenizer.model", tmp_path / "dist")
+    found = [certify(base, folder, plan, old_tokenizer, TEXTS, "en", 64) for folder in (made, tmp_path / "dist")]
+    assert found[0]["passed"] and list(found[0]["matrices"]) == ["embedding"]
+    assert found[0]["bits_per_byte"] == found[1]["bits_per_byte"]
+
+
+def test_certificates_of_other_models(
+    vocab_map: VocabMap, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    plan = plan_surgery(vocab_map)
+    base = make_model(plan.old_size)
+    made = operated(plan, base, new_tokenizer, tmp_path / "made")
+    with pytest.raises(VerificationError, match="surgery certify"):
+        check_certificate(made)
+    certify(base, made, plan, old_tokenizer, TEXTS, "en", 64)
+    first = plan_surgery(vocab_map, parse_method("first"))
+    other = operated(first, base, new_tokenizer, tmp_path / "other")
+    shutil.copy(made / CERTIFICATE, other)
+    with pytest.raises(VerificationError, match="belongs to other weights"):
+        check_certificate(other)
+    with pytest.raises(CheckpointError, match="not made by this plan"):
+        certify(base, made, replace(plan, new_sha256="0" * 64), old_tokenizer, TEXTS, "en", 64)
+
+
+def test_the_command(
+    plan: SurgeryPlan,
+    make_model: Make,
+    old_tokenizer: Path,
+    new_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = make_model(plan.old_size)
+    shutil.copy(old_tokenizer / "tokenizer.model", base)
+    made = operated(plan, base, new_tokenizer, tmp_path / "made")
+    plan.save(tmp_path / "plan")
+    for language, documents in TEXTS.items():
+        (tmp_path / f"{language}.txt").write_text(documents[0].text, encoding="utf-8")
+    words = ["surgery", "certify", str(tmp_path / "plan"), str(base), str(made)]
+    texts = ["--text", f"en={tmp_path / 'en.txt'}", f"ja={tmp_path / 'ja.txt'}"]
+    assert main([*words, *texts, "--source", "en"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of" in shown and "probability of new rows" in shown
+    assert main([*words, *texts, "--source", "de"]) == 2
+    assert "--text de=FILE" in capsys.readouterr().err
