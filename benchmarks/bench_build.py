@@ -36,10 +36,10 @@ COLUMNS = ("language", "round", "what", "text_bytes", "tokens", "cpu_seconds", "
 
 def build(files: list[str], tokenizer: str, output: str, workers: int) -> dict[str, Any]:
     """Our command; returns its counts."""
-    from megatron_cpt.data import build_files
+    from megatron_cpt.data import DatasetBuild, build_files
 
     started = time.process_time(), time.monotonic()
-    made = build_files(files, tokenizer, output, "", workers=workers, append_bos=False, overwrite=True)
+    made = build_files(DatasetBuild(files, tokenizer, output, "", append_bos=False), workers=workers, overwrite=True)
     return {**_spent(started), "text_bytes": made["text_bytes"], "tokens": made["tokens"] - made["documents"]}
 
 

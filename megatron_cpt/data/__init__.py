@@ -1,7 +1,8 @@
 """From text files to training samples: documents, indexed datasets, and the order they are visited in."""
 
 from megatron_cpt.data.batches import Batch, batch, scored_bytes, validation_batch
-from megatron_cpt.data.build import DatasetBuild, build_dataset, build_files
+from megatron_cpt.data.build import DatasetBuild, build_files
+from megatron_cpt.data.build_memory import build_dataset
 from megatron_cpt.data.describe import describe, describe_document, describe_sample, tokenizer_of
 from megatron_cpt.data.documents import Document, is_held_out, read_documents, split_held_out, work_of
 from megatron_cpt.data.indexed import IndexedDataset, manifest_path

@@ -13,13 +13,18 @@ import numpy.typing as npt
 
 from megatron_cpt.data.counting import Counts, manifest_counts
 from megatron_cpt.data.indexed import dtype_for
-from megatron_cpt.data.parts import Part, Parts
+from megatron_cpt.data.part import Part
+from megatron_cpt.data.parts import Parts
 from megatron_cpt.data.tokens import counts_of, tokens_sha256
 from megatron_cpt.data.writing import complete_dataset, write_index
 from megatron_cpt.errors import DataError
 
 _COPY_BYTES = 1 << 30  # at most in one call of the kernel's copy
 _NOT_COPIED_BY_KERNEL = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+class NoDocumentsError(DataError):
+    """Every text was empty, left out, or of the other side of the split."""
 
 
 def assemble(
@@ -41,7 +46,8 @@ def assemble(
         The manifest.
 
     Raises:
-        DataError: a part is not done, has faults that `on_error` does not allow, or nothing is left to write.
+        DataError: a part is not done, or has faults that `on_error` does not allow.
+        NoDocumentsError: nothing is left to write.
     """
     made = [parts.read(number) for number in range(len(parts.inputs))]
     counts, sources = Counts(), []
@@ -58,9 +64,10 @@ def assemble(
         )
         counts.include(mine)
     if not counts.tokens:
-        parts.remove()
         left_out = "; ".join(f"{count:,} records were left out: {reason}" for reason, count in counts.faults.items())
-        raise DataError(f"no document to write to {prefix}: {left_out or 'the corpus, or this side of it, is empty'}")
+        raise NoDocumentsError(
+            f"no document to write to {prefix}: {left_out or 'the corpus, or this side of it, is empty'}"
+        )
     files = {"bin": _joined(made, parts.folder, "tokens"), "idx": parts.folder / "assembled.idx"}
     write_index(files["idx"], dtype_for(vocab_size), _lengths(_joined(made, parts.folder, "lengths")))
     if counts.faults:

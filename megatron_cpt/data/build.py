@@ -9,34 +9,31 @@ kill goes on from the journal; shards of one job on several machines fill the sa
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_cpt import __version__
-from megatron_cpt.data import _native
-from megatron_cpt.data.assembly import assemble
+from megatron_cpt.config.manifest import read_manifest, sha256_file
+from megatron_cpt.data.assembly import NoDocumentsError, assemble
 from megatron_cpt.data.blocks import open_blocks
-from megatron_cpt.data.counting import Counts, manifest_counts
-from megatron_cpt.data.documents import Document
-from megatron_cpt.data.encoder import Encoder, check_block, open_encoder
-from megatron_cpt.data.indexed import dtype_for
-from megatron_cpt.data.machines import open_machines
+from megatron_cpt.data.encoder import Encoder, open_encoder
+from megatron_cpt.data.indexed import dtype_for, manifest_path
+from megatron_cpt.data.machines import Machines, open_machines
 from megatron_cpt.data.ordered import Progress, run_parts
-from megatron_cpt.data.parts import Notice, Parts, check_shard
+from megatron_cpt.data.parts import Notice, Parts, check_shard, differences
 from megatron_cpt.data.tokens import TokenWork
-from megatron_cpt.data.writing import IndexedDatasetWriter, check_no_dataset
 from megatron_cpt.errors import DataError, InputError
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
 SIDES = ("train", "held_out")
-_BATCH_CHARACTERS = 1 << 20  # texts encoded in one call; bounds the memory, does not change the result
 _SPACE_EVERY_BYTES = 64 << 20
+_OWN_ENDINGS = (".bin", ".idx", ".manifest.json", ".faults.txt")
+_ENDINGS = (*_OWN_ENDINGS, ".jsonl", ".ndjson", ".json", ".txt", ".parquet", ".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -49,18 +46,21 @@ class DatasetBuild:
     Args:
         files: the corpus, in order; jsonl, txt or parquet, plain, gzip or zstd.
         tokenizer: folder or model file, as `load_tokenizer` takes it.
-        prefix: where to write, without an ending.
+        prefix: path of the dataset's files without their endings: "sets/web" for `sets/web.bin`.
         language: short name of the language, kept in the manifest.
         held_out: (share of the works, "train" or "held_out"): which side of the split is written. None: all.
         append_bos: begin each document with the tokenizer's bos (as Llama was trained).
         append_eos: end each document with its eos.
         text_field: field or column that holds the text.
         on_error: "stop" at a broken record, or "skip" it: counted, and logged in `<prefix>.faults.txt`.
+
+    Raises:
+        InputError: a value that cannot be, such as a folder as prefix.
     """
 
-    files: tuple[Path, ...]
-    tokenizer: Path
-    prefix: Path
+    files: Iterable[str | Path]
+    tokenizer: str | Path
+    prefix: str | Path
     language: str
     held_out: tuple[float, str] | None = None
     append_bos: bool = True
@@ -73,6 +73,13 @@ class DatasetBuild:
             raise InputError(f"on_error={self.on_error!r}: expected 'stop' or 'skip'")
         if self.held_out is not None and self.held_out[1] not in SIDES:
             raise InputError(f"held_out side {self.held_out[1]!r}: expected one of {', '.join(SIDES)}")
+        object.__setattr__(self, "files", tuple(Path(file) for file in self.files))
+        check_prefix(self.prefix, self.paths)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files."""
+        return tuple(Path(file) for file in self.files)
 
     @cached_property
     def _loaded(self) -> Tokenizer:
@@ -96,11 +103,11 @@ class DatasetBuild:
             "append_eos": self.append_eos,
             "held_out": list(self.held_out) if self.held_out else None,
         }
-        return Parts(Path(f"{self.prefix}.parts"), "dataset", options, self.files)
+        return Parts(Path(f"{self.prefix}.parts"), "dataset", options, self.paths)
 
     def check_tokenizer(self) -> None:
         """Raise DataError where the tokenizer lacks the bos or eos that is asked for."""
-        _check_borders(self._loaded, self.append_bos, self.append_eos)
+        check_borders(self._loaded, self.append_bos, self.append_eos)
 
     def work(
         self,
@@ -133,7 +140,7 @@ class DatasetBuild:
         )
 
     def assemble(self) -> dict[str, Any]:
-        """Make the dataset of the finished parts, remove their folder, and return the manifest.
+        """Make the dataset of the finished parts, which stay as they are, and return the manifest.
 
         Raises:
             DataError: no document in any part; or faults, where `on_error` is "stop".
@@ -144,24 +151,60 @@ class DatasetBuild:
             "encoder": {"name": encoder.name, "reason": encoder.reason},
             "held_out": list(self.held_out) if self.held_out else None,
             "text_field": self.text_field,
-            **_tokenizer_fields(loaded, self.language, self.append_bos, self.append_eos),
+            **tokenizer_fields(loaded, self.language, self.append_bos, self.append_eos),
         }
-        manifest = assemble(parts, self.prefix, loaded.vocab_size, self.on_error, {"tokenizer": loaded.sha256}, fields)
-        parts.remove()
-        return manifest
+        inputs = {"tokenizer": loaded.sha256}
+        return assemble(parts, Path(self.prefix), loaded.vocab_size, self.on_error, inputs, fields)
+
+    def is_made(self, shard: tuple[int, int] | None = None, may_differ: bool = False) -> bool:
+        """Whether this very dataset is there: of these options, this tokenizer, and files of the same content.
+
+        Args:
+            shard: (i, n): of the files read only every n-th, from the i-th on; of the others the size is compared.
+            may_differ: False for another dataset, too.
+
+        Raises:
+            DataError: another dataset is there, with what differs.
+        """
+        if not manifest_path(self.prefix).exists():
+            return False
+        manifest = read_manifest(manifest_path(self.prefix), "shards", DataError)
+        found = self._differences(manifest) or self._changed(manifest, shard or (0, 1))
+        if found and not may_differ:
+            raise DataError(
+                f"{self.prefix} already holds a dataset that differs ({'; '.join(found)}); "
+                "choose another prefix or ask to overwrite it"
+            )
+        return not found
+
+    def _differences(self, manifest: Mapping[str, Any]) -> list[str]:
+        """What differs from a finished dataset, as far as no file has to be read for it."""
+        options = self.parts().options
+        found = differences({name: manifest.get(name) for name in options}, options)
+        left_out = sum(manifest.get("faults", {}).values())
+        if left_out and self.on_error == "stop":
+            found.append(f"it leaves out {left_out} broken records, now they are to stop the build")
+        before, now = [source["path"] for source in manifest.get("sources", [])], list(map(os.path.abspath, self.paths))
+        if before != now:
+            found.append(f"it is of {len(before)} files, now {len(now)} or others")
+        for ending, output in manifest["outputs"].items():
+            path = Path(f"{self.prefix}.{ending}")
+            if not path.is_file() or path.stat().st_size != output["bytes"]:
+                found.append(f"{path} is missing or of another size than its manifest says")
+        return found
+
+    def _changed(self, manifest: Mapping[str, Any], shard: tuple[int, int]) -> list[str]:
+        """Files of another content than those of a finished dataset."""
+        sources = list(zip(self.paths, manifest["sources"], strict=True))
+        changed = [path for path, source in sources if path.stat().st_size != source["bytes"]] or [
+            path for path, source in sources[shard[0] :: shard[1]] if sha256_file(path) != source["sha256"]
+        ]
+        return [f"{path} has changed" for path in changed]
 
 
 def build_files(
-    files: Iterable[str | Path],
-    tokenizer: str | Path,
-    prefix: str | Path,
-    language: str,
+    build: DatasetBuild,
     workers: int | None = 1,
-    held_out: tuple[float, str] | None = None,
-    append_bos: bool = True,
-    append_eos: bool = True,
-    text_field: str = "text",
-    on_error: str = "stop",
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
     ray: str | None = None,
@@ -170,125 +213,92 @@ def build_files(
 ) -> dict[str, Any]:
     """Write `<prefix>.bin`, `.idx` and `.manifest.json` from corpus files, in their order.
 
-    The result depends neither on `workers` nor on how often the command was stopped and repeated. Documents
-    with an empty text are left out and counted. The arguments that are not here are those of `DatasetBuild`.
+    The result depends neither on `workers` nor on how often the command was stopped and repeated; where it is
+    there already, nothing is done. Documents with an empty text are left out and counted.
 
     Args:
-        files: see `DatasetBuild`, as the others.
-        tokenizer: likewise.
-        prefix: likewise.
-        language: likewise.
-        workers: threads, see `open_machines`; each needs a few MB, and one record of 32 MiB is
-            held at a time. Where a library encodes (`encoder`), its lists of ids come on top.
-        held_out: likewise.
-        append_bos: likewise.
-        append_eos: likewise.
-        text_field: likewise.
-        on_error: likewise.
+        build: the dataset.
+        workers: threads, see `open_machines`.
         shard: (i, n), i from 0: work on every n-th file only and leave the rest, and the dataset, to others.
         overwrite: replace a dataset that is already there, and drop what another job has left unfinished.
         ray: address of a Ray cluster whose hosts encode the files, as `open_cluster` takes it; None: this process.
         on_progress: called with (bytes done, bytes in all) of the files as they are on disk.
-        notice: is told when work that was done is done again.
+        notice: is told when work that was done is done again, and when all of it had been done before.
 
     Returns:
         The manifest (see docs/formats/indexed_dataset.md); with `shard`: `shard` and the `files` it has done.
 
     Raises:
-        DataError: nothing to write, a dataset is there already, a broken file, or no room on the disk.
+        DataError: nothing to write, another dataset is there already, a broken file, or no room on the disk.
         VerificationError: the encoder and the reference library differ on a document.
         ConfigError: no cluster at `ray`, or one that cannot do this.
     """
-    paths = tuple(Path(path) for path in files)
-    build = DatasetBuild(
-        paths, Path(tokenizer), Path(prefix), language, held_out, append_bos, append_eos, text_field, on_error
-    )
     if shard is not None:
         check_shard(shard)
     parts = build.parts()
-    parts.sweep()
-    if not overwrite and not parts.is_begun():
-        check_no_dataset(prefix)
-    build.check_tokenizer()
-    with open_machines(ray, workers) as machines:
+    parts.check_inputs()
+    begun = parts.is_begun()
 
-        def work(numbers: Sequence[int]) -> None:
-            machines.run_parts(parts, build.work, numbers, [build.tokenizer], on_progress, notice)
+    def is_made() -> bool:
+        return not overwrite and build.is_made(shard, may_differ=begun)
 
-        parts.claim(replace=overwrite)
-        if shard is not None:
-            work(parts.pending(shard))
-            return {"shard": f"{shard[0]}/{shard[1]}", "files": [str(path) for path in paths[shard[0] :: shard[1]]]}
-        with lock_folder(parts.folder, ".building"):
-            try:
-                work(parts.pending())
-                return build.assemble()
-            except BaseException:
-                parts.discard_untouched()
-                raise
+    made = is_made()
+    try:
+        if not made:
+            build.check_tokenizer()
+            with open_machines(ray, workers) as machines, parts.claimed(replace=overwrite):
+                made = is_made()  # another process may have ended it just now
+                if not made:
+                    _make(build, parts, machines, shard, on_progress, notice)
+    except NoDocumentsError:
+        parts.remove()
+        raise
+    if made:
+        parts.discard(begun=True)
+        if notice is not None:
+            notice(f"{build.prefix} is already built of these files with these options; nothing is left to do")
+    elif shard is None:
+        parts.remove()
+    if shard is not None:
+        return {"shard": f"{shard[0]}/{shard[1]}", "files": [str(path) for path in build.paths[shard[0] :: shard[1]]]}
+    return read_manifest(manifest_path(build.prefix), "shards", DataError)
 
 
-def build_dataset(
-    documents: Iterable[Document],
-    tokenizer_path: str | Path,
-    prefix: str | Path,
-    language: str,
-    append_bos: bool = True,
-    append_eos: bool = True,
-    inputs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-    on_progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write a dataset from documents in memory, in their order; what `build_files` does for files.
+def _make(
+    build: DatasetBuild,
+    parts: Parts,
+    machines: Machines,
+    shard: tuple[int, int] | None,
+    on_progress: Progress | None,
+    notice: Notice | None,
+) -> None:
+    def work(numbers: Sequence[int]) -> None:
+        machines.run_parts(parts, build.work, numbers, [Path(build.tokenizer)], on_progress, notice)
 
-    Args:
-        documents: the texts; a generator is read once and never held.
-        tokenizer_path: folder or model file, as `load_tokenizer` takes it.
-        prefix: where to write, without an ending.
-        language: short name of the language, kept in the manifest.
-        append_bos: begin each document with the tokenizer's bos (as Llama was trained).
-        append_eos: end each document with its eos.
-        inputs: name -> SHA-256 of what the documents were made from, for the manifest.
-        overwrite: replace a dataset that is already there.
-        on_progress: called with (documents done, documents in all or 0 when unknown).
+    if shard is not None:
+        work(parts.pending(shard))
+        return
+    with lock_folder(parts.folder, ".building"):
+        work(parts.pending())
+        build.assemble()
 
-    Returns:
-        The manifest.
 
-    Raises:
-        DataError: nothing to write, a dataset is there already, or the tokenizer lacks bos or eos.
-        VerificationError: the encoder and the reference library differ on a document.
-    """
-    if not overwrite:
-        check_no_dataset(prefix)
-    loaded = load_tokenizer(tokenizer_path)
-    _check_borders(loaded, append_bos, append_eos)
-    encoder = open_encoder(loaded, append_bos, append_eos, dtype_for(loaded.vocab_size))
-    total = len(documents) if isinstance(documents, Sized) else 0
-    digest, counts, done = hashlib.sha256(), Counts(), 0
-    with IndexedDatasetWriter(prefix, loaded.vocab_size) as writer:
-        for number, texts in enumerate(_batches(documents)):
-            for text in texts:
-                encoded = text.encode()
-                if encoded:
-                    digest.update(len(encoded).to_bytes(8, "little") + encoded)
-            block = _native.Block.from_texts(texts)
-            result = encoder.encode(block)
-            counts.add(result, block.text_bytes)
-            counts.checked_documents += check_block(encoder, loaded, block, "memory", number)
-            writer.add_documents(result.tokens, result.lengths[result.lengths > 0])
-            done += len(texts)
-            if on_progress is not None:
-                on_progress(done, total)
-        return writer.finish(
-            {**(inputs or {}), "text": digest.hexdigest(), "tokenizer": loaded.sha256},
-            **{name: value for name, value in manifest_counts(counts).items() if name not in ("documents", "tokens")},
-            encoder={"name": encoder.name, "reason": encoder.reason},
-            **_tokenizer_fields(loaded, language, append_bos, append_eos),
+def check_prefix(prefix: str | Path, files: Iterable[str | Path] = ()) -> None:
+    """Raise InputError for what is no prefix of a dataset, or would write over one of the files it is made of."""
+    name = os.path.basename(str(prefix))
+    if name in ("", ".", "..") or name.lower().endswith(_ENDINGS):
+        raise InputError(
+            f"{str(prefix)!r} is no prefix of a dataset: expected the path of its files without their "
+            "endings, such as sets/web for sets/web.bin, sets/web.idx and sets/web.manifest.json"
         )
+    own = {os.path.realpath(f"{prefix}{ending}") for ending in ("", *_OWN_ENDINGS)}
+    taken = next((file for file in files if os.path.realpath(file) in own), None)
+    if taken is not None:
+        raise InputError(f"the dataset {prefix} would write over its input {taken}; choose another prefix")
 
 
-def _tokenizer_fields(loaded: Tokenizer, language: str, append_bos: bool, append_eos: bool) -> dict[str, Any]:
+def tokenizer_fields(loaded: Tokenizer, language: str, append_bos: bool, append_eos: bool) -> dict[str, Any]:
+    """The entries of a manifest that say how documents became tokens."""
     return {
         "language": language,
         "tokenizer": str(loaded.path.resolve()),
@@ -300,25 +310,13 @@ def _tokenizer_fields(loaded: Tokenizer, language: str, append_bos: bool, append
     }
 
 
-def _check_borders(loaded: Tokenizer, append_bos: bool, append_eos: bool) -> None:
+def check_borders(loaded: Tokenizer, append_bos: bool, append_eos: bool) -> None:
+    """Raise DataError where a tokenizer lacks the bos or eos that is asked for."""
     for name, token, wanted in (("bos", loaded.bos_id, append_bos), ("eos", loaded.eos_id, append_eos)):
         if wanted and token is None:
             raise DataError(
                 f"tokenizer {loaded.path} has no {name} piece; build without {name} or use another tokenizer"
             )
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document.text)
-        size += len(document.text) + 1
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _with_space_check(parts: Parts, numbers: Sequence[int], on_progress: Progress | None) -> Progress:

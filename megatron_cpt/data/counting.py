@@ -52,9 +52,9 @@ class Counts:
         self.longest_document = max(self.longest_document, int(encoded.lengths.max(initial=0)))
 
     def add_faults(self, reasons: Iterable[str]) -> None:
-        """Count faults under their reasons, without what differs from one record to the next."""
+        """Count faults under their kinds."""
         for reason in reasons:
-            kind = re.sub(r"\d+", "N", reason.split(" (", 1)[0])
+            kind = fault_kind(reason)
             self.faults[kind] = self.faults.get(kind, 0) + 1
 
     def include(self, other: Counts) -> None:
@@ -65,6 +65,11 @@ class Counts:
         self.checked_documents += other.checked_documents
         for reason, count in other.faults.items():
             self.faults[reason] = self.faults.get(reason, 0) + count
+
+
+def fault_kind(reason: str) -> str:
+    """The reason of a fault without what differs from one record to the next."""
+    return re.sub(r"\d+", "N", reason.split(" (", 1)[0])
 
 
 def manifest_counts(counts: Counts) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import hashlib
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ _SHOWN = 8  # ids shown on each side of a difference
 _CHECKED_EVERY = 64  # blocks
 _CHECKED_DOCUMENTS = 4  # of such a block
 _CHECKED_BYTES = 16 << 10
+_BATCH_CHARACTERS = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,33 @@ class _LibraryEncoder(Encoder):
         self._is_byte = np.array([_is_byte(tokenizer.piece(id)) for id in range(tokenizer.vocab_size)])
 
     def encode(self, block: _native.Block) -> Encoded:
-        head = [] if self.bos is None else [self.bos]
-        tail = [] if self.eos is None else [self.eos]
-        texts = self._tokenizer.encode_batch(block.texts())
-        plain = np.array([id for ids in texts for id in ids], self._dtype)
-        full = [head + ids + tail if ids else [] for ids in texts]
-        return Encoded(
-            np.array([id for ids in full for id in ids], self._dtype),
-            np.array([len(ids) for ids in full], np.int32),
-            int(np.count_nonzero(self._is_byte[plain])),
-            0 if self._tokenizer.unk_id is None else int(np.count_nonzero(plain == self._tokenizer.unk_id)),
-        )
+        head, tail = ([] if id is None else [id] for id in (self.bos, self.eos))
+        rows: list[npt.NDArray[Any]] = []
+        byte_tokens = unknown_tokens = 0
+        for batch in _batches(block.texts()):
+            for ids in self._tokenizer.encode_batch(batch):
+                plain = np.array(ids, self._dtype)
+                byte_tokens += int(np.count_nonzero(self._is_byte[plain]))
+                if self._tokenizer.unk_id is not None:
+                    unknown_tokens += int(np.count_nonzero(plain == self._tokenizer.unk_id))
+                rows.append(np.concatenate([head, plain, tail], dtype=self._dtype, casting="unsafe") if ids else plain)
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.concatenate(rows) if rows else np.zeros(0, self._dtype)
+        return Encoded(tokens, lengths, byte_tokens, unknown_tokens)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, at most 65,536 characters at a time or one text: the libraries take 100 bytes for each."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 def open_encoder(tokenizer: Tokenizer, append_bos: bool, append_eos: bool, dtype: np.dtype[Any]) -> Encoder:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_cpt.data.blocks import LONG_BYTES
-from megatron_cpt.data.parts import Notice, Part, Parts
+from megatron_cpt.data.part import Part
+from megatron_cpt.data.parts import Notice, Parts
 
 Progress = Callable[[int, int], None]
 COMMIT_BYTES = 256 << 20  # of blocks between two entries in the journal: what a killed job has to do again

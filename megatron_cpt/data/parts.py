@@ -1,32 +1,33 @@
 """The journal of a job over input files: each file is a part, and no part is done twice.
 
-`<folder>/job.json` says what the job is. Part k has the data files `NNNNN.<ending>`, which only ever grow,
-and a journal `NNNNN.json`: the input as it was, how much of it is done, the length of each data file at
-that point, and what the work has counted. The journal is replaced after the data files are on disk; what a
-killed process wrote behind it is cut off when the part is opened again. So a part that is continued ends
-with the bytes it would have had. A process holds a lock on the part it works on.
+`<folder>/job.json` says what the job is, and beside it stand the files of its parts (`part.Part`). A process
+holds a shared lock on `job.json` as long as it has to do with the job, and one of its own on the part it works
+on. The folder is made and removed by one process at a time, which holds `<folder>.lock` for that moment, and
+removed only where nobody holds the job.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_cpt.config.manifest import read_json, sha256_file, write_json_atomic
+from megatron_cpt.config.manifest import read_json, write_json_atomic
+from megatron_cpt.data.part import Part
 from megatron_cpt.errors import DataError
-from megatron_cpt.runtime.lock import try_lock
+from megatron_cpt.runtime.lock import lock_briefly, try_lock
 
 Notice = Callable[[str], None]
 _JOB = "job.json"
+_JOURNAL = re.compile(r"[0-9]+\.json")
+_LET_GO_SECONDS = 60.0
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,24 @@ class Parts:
 
     def is_begun(self) -> bool:
         """Whether the folder holds this very job, begun before."""
-        return (self.folder / _JOB).exists() and not self._differences()
+        try:
+            return not self._differences()
+        except DataError:
+            if (self.folder / _JOB).exists():
+                raise
+            return False  # also where it was removed just now
 
     def claim(self, replace: bool = False) -> None:
-        """Make the folder for this job, or find the one in which it was begun.
+        """Make the folder for this job, or find the one in which it was begun; see `claimed`."""
+        with self.claimed(replace):
+            pass
+
+    @contextmanager
+    def claimed(self, replace: bool = False) -> Iterator[None]:
+        """Hold the folder of this job, made here or begun before; any number of processes may hold it at once.
+
+        Nobody removes the folder meanwhile. Left by an error before any journal holds something, it is removed
+        unless another process holds it too: the attempt has gained nothing.
 
         Args:
             replace: throw away what another job left in the folder.
@@ -64,20 +79,27 @@ class Parts:
             DataError: a missing or repeated input, or a folder that holds something else.
         """
         self.check_inputs()
-        self.sweep()
+        with ExitStack() as held:
+            with self._alone():
+                self._make(replace)
+                job = held.enter_context(open(self.folder / _JOB, encoding="utf-8"))
+                try_lock(job, DataError, shared=True)  # never in vain: who wants it for himself is alone, too
+            try:
+                yield
+            except BaseException:
+                held.close()
+                self.discard()
+                raise
+
+    def _make(self, replace: bool) -> None:
         if self._is_foreign():
             raise DataError(f"{self.folder} is not empty and holds no job; move it away or write to another place")
-        if replace and (self.folder / _JOB).exists() and self._differences():
-            self.remove()
+        job = self.folder / _JOB
+        if replace and job.exists() and self._differences() and not self._remove_free():
+            raise DataError(f"another process works on another job in {self.folder}; wait until it has ended")
         self.folder.mkdir(parents=True, exist_ok=True)
-        mine = self.folder / f"{_JOB}.{os.uname().nodename}.{os.getpid()}"
-        write_json_atomic(mine, self._job)
-        try:
-            os.link(mine, self.folder / _JOB)  # several processes may begin at once: the first one wins
-        except FileExistsError:
-            pass  # compared below
-        finally:
-            mine.unlink()
+        if not job.exists():
+            write_json_atomic(job, self._job)
         differences = self._differences()
         if differences:
             raise DataError(
@@ -107,12 +129,7 @@ class Parts:
         held, mine = read_json(self.folder / _JOB, DataError), self._job
         if not isinstance(held, dict) or held.keys() != mine.keys() or not isinstance(held["options"], dict):
             return ["its job.json is damaged or of another version"]
-        before, now = held["options"], mine["options"]
-        found = [
-            f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-            for name in dict.fromkeys([*before, *now])
-            if before.get(name) != now.get(name)
-        ]
+        found = differences(held["options"], mine["options"])
         if held["kind"] != mine["kind"]:
             found.append(f"it makes a {held['kind']}, this makes a {mine['kind']}")
         if held["inputs"] != mine["inputs"]:
@@ -164,211 +181,61 @@ class Parts:
             except _HeldError:
                 time.sleep(1.0)
 
-    def discard_untouched(self) -> None:
-        """Remove the folder where no journal holds anything and nobody works: the attempt has gained nothing."""
-        if not self.folder.exists() or any(self.folder.glob("*[0-9].json")):
-            return
-        try:
-            with ExitStack() as held:
-                for path in self.folder.glob("*.lock"):
-                    held.enter_context(_locked(path, path))
-        except DataError:
-            return
-        self.remove()
+    def discard(self, begun: bool = False) -> None:
+        """Remove the folder of this job, unless another process holds it, and what a killed removal has left.
+
+        Args:
+            begun: also where a part or a later step has been begun.
+        """
+        with self._alone():
+            if self.is_begun() and (begun or not self._is_touched()):
+                self._remove_free()
+
+    def _is_touched(self) -> bool:
+        return any(path.is_dir() or _JOURNAL.fullmatch(path.name) for path in self.folder.iterdir())
 
     def remove(self) -> None:
-        """Remove the folder and everything in it; a process killed here leaves no part that looks whole."""
-        self.sweep()
-        self.folder.rename(self._removed)
-        self.sweep()
+        """Remove the folder and everything in it, once no other process holds the job.
 
-    def sweep(self) -> None:
-        """Remove what a process killed inside `remove` has left."""
+        Raises:
+            DataError: one has not let go of it for a minute.
+        """
+        end = time.monotonic() + _LET_GO_SECONDS
+        while True:
+            with self._alone():
+                if not self.folder.exists() or self._remove_free():
+                    return
+            if time.monotonic() > end:
+                raise DataError(
+                    f"another process still holds {self.folder}, in which nothing is left to do; run the command again "
+                    "when it has ended"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process makes or removes the folder meanwhile; what one killed in `_remove_free` left is gone."""
+        with lock_briefly(self.folder.with_name(f"{self.folder.name}.lock"), DataError):
+            self._sweep()
+            yield
+
+    def _remove_free(self) -> bool:
+        """Remove the folder unless another process holds the job or a part; a kill leaves nothing that looks whole."""
+        with ExitStack() as held:
+            for path in [path for path in (self.folder / _JOB, *self.folder.glob("*.lock")) if path.exists()]:
+                if not try_lock(held.enter_context(open(path, "r+", encoding="utf-8")), DataError):
+                    return False
+            self.folder.rename(self._removed)
+        self._sweep()
+        return True
+
+    def _sweep(self) -> None:
         if self._removed.exists():
             shutil.rmtree(self._removed)
 
     @property
     def _removed(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.removed")
-
-
-class Part:
-    """One input file and what is made of it.
-
-    Attributes:
-        number: its place among the inputs, from 0.
-        input: the file.
-        begun: whether the journal holds anything.
-        position: where to read on, None at the start; `blocks` are behind it.
-        state: what the work had counted there.
-        sha256: hash of the whole input, once it is done.
-    """
-
-    def __init__(self, folder: Path, number: int, input: Path) -> None:
-        self.number, self.input = number, input
-        self._stem = folder / f"{number:05d}"
-        self._files: dict[str, IO[bytes]] = {}
-        journal = self.journal_path
-        self._load(read_json(journal, DataError) if journal.exists() else {})
-        self._input_now = _identity(input)
-
-    def _load(self, held: dict[str, Any]) -> None:
-        self.begun = bool(held)
-        self.position: dict[str, Any] | None = held.get("position")
-        self.blocks: int = held.get("blocks", 0)
-        self.state: dict[str, Any] = held.get("state", {})
-        self.sha256: str = held.get("sha256", "")
-        self._done: bool = held.get("done", False)
-        self._sizes: dict[str, int] = held.get("sizes", {})
-        self._input_then: dict[str, int] = held.get("input", {})
-
-    @property
-    def journal_path(self) -> Path:
-        """Path of the part's journal."""
-        return self._stem.with_suffix(".json")
-
-    @property
-    def input_bytes(self) -> int:
-        """Size of the input on disk."""
-        return self._input_now["bytes"]
-
-    def path(self, ending: str) -> Path:
-        """Path of one of the part's data files."""
-        return self._stem.with_suffix(f".{ending}")
-
-    def size(self, ending: str) -> int:
-        """Committed length of a data file, 0 where there is none."""
-        return self._sizes.get(ending, 0)
-
-    def same_input(self) -> bool:
-        """Whether the input is the one the journal speaks of: the same file, untouched, or (done) the same content."""
-        if self._input_then == self._input_now:
-            return True
-        same_size = self._input_then.get("bytes") == self._input_now["bytes"]
-        return self._done and same_size and sha256_file(self.input) == self.sha256
-
-    def is_done(self) -> bool:
-        """Whether nothing is left to do."""
-        return self._done and self.same_input()
-
-    def file(self, ending: str) -> IO[bytes]:
-        """The data file to append to, cut to its committed length.
-
-        Raises:
-            DataError: the file is shorter than the journal says.
-        """
-        if ending not in self._files:
-            self._check_size(ending)
-            file = open(self.path(ending), "ab", buffering=1 << 20)  # noqa: SIM115 - closed by close()
-            file.truncate(self.size(ending))
-            self._files[ending] = file
-        return self._files[ending]
-
-    def cut(self, ending: str) -> Path:
-        """Path of a data file, there and cut to its committed length; only where nobody works on the part.
-
-        Raises:
-            DataError: the file is shorter than the journal says.
-        """
-        self.file(ending)
-        self.close()
-        return self.path(ending)
-
-    def array(self, ending: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """The committed bytes of a data file as values of `dtype`, mapped; what is changed in them stays in memory.
-
-        Raises:
-            DataError: the file is shorter than the journal says.
-        """
-        count = self.size(ending) // np.dtype(dtype).itemsize
-        self._check_size(ending)
-        if not count:
-            return np.zeros(0, dtype)
-        return np.memmap(self.path(ending), dtype, "c", shape=(count,))
-
-    def _check_size(self, ending: str) -> None:
-        path, size = self.path(ending), self.size(ending)
-        held = path.stat().st_size if path.exists() else 0
-        if held < size:
-            raise DataError(f"{path} has {held} bytes, its journal counts {size}; remove {self.journal_path}")
-
-    def write(self, ending: str, data: Any) -> None:
-        """Append bytes (anything with a buffer) to a data file; an error of the system names the file."""
-        try:
-            self.file(ending).write(data)
-        except OSError as caught:
-            raise _named(caught, self.path(ending)) from None
-
-    def commit(
-        self, position: dict[str, Any] | None, blocks: int, state: dict[str, Any], done: bool = False, sha256: str = ""
-    ) -> None:
-        """Put everything written so far on disk, then say so in the journal.
-
-        Args:
-            position: where to read on.
-            blocks: how many blocks are behind it.
-            state: what the work has counted up to there, as JSON.
-            done: nothing is left to read.
-            sha256: hash of the whole input, where done.
-
-        Raises:
-            DataError: the input was changed while it was read.
-        """
-        if _identity(self.input) != self._input_now:
-            raise DataError(f"{self.input} was changed while it was read; run the command again")
-        for ending, file in self._files.items():
-            try:
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError as caught:
-                raise _named(caught, self.path(ending)) from None
-            # tell() would count what was cut off, until something is written
-            self._sizes = {**self._sizes, ending: os.fstat(file.fileno()).st_size}
-        held = {
-            "input": self._input_now,
-            "position": position,
-            "blocks": blocks,
-            "state": state,
-            "sizes": self._sizes,
-            "done": done,
-            "sha256": sha256,
-        }
-        write_json_atomic(self.journal_path, held)
-        self._load(held)
-
-    def forget(self) -> None:
-        """Go back to the start: remove the journal, then the data files, which count for nothing without it."""
-        self.journal_path.unlink(missing_ok=True)
-        for path in self._stem.parent.glob(f"{self._stem.name}.*"):
-            if path.suffix != ".lock":
-                path.unlink(missing_ok=True)
-        self._load({})
-
-    def close(self) -> None:
-        """Close the data files; what was not committed will be cut off."""
-        for file in self._files.values():
-            try:
-                file.close()
-            except OSError:  # a full disk: what is in the buffer was not committed and does not count
-                continue
-        self._files.clear()
-
-
-def _identity(path: Path) -> dict[str, int]:
-    try:
-        held = path.stat()
-    except FileNotFoundError:
-        raise DataError(f"corpus {path} does not exist") from None
-    return {
-        "bytes": held.st_size,
-        "mtime_ns": held.st_mtime_ns,
-        "ctime_ns": held.st_ctime_ns,  # moves on where the date was set back to what it was
-        "inode": held.st_ino,  # another one where the file was replaced
-    }
-
-
-def _named(caught: OSError, path: Path) -> OSError:
-    return OSError(caught.errno, caught.strerror, str(path))
 
 
 @contextmanager
@@ -381,6 +248,15 @@ def _locked(path: Path, input: Path) -> Iterator[None]:
 
 class _HeldError(DataError):
     """Another process works on the part."""
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of options, in words; empty where nothing does."""
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
 
 
 def check_shard(shard: tuple[int, int]) -> None:

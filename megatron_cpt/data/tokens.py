@@ -13,7 +13,7 @@ from megatron_cpt.data import _native
 from megatron_cpt.data.blocks import stop_at_fault
 from megatron_cpt.data.counting import Counts
 from megatron_cpt.data.encoder import Encoded, Encoder, check_block
-from megatron_cpt.data.parts import Part
+from megatron_cpt.data.part import Part
 from megatron_cpt.data.writing import check_ids
 from megatron_cpt.tokenizer import Tokenizer
 

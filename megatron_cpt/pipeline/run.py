@@ -20,7 +20,7 @@ from megatron_cpt.config.schema import (
     TrainDataConfig,
     ValidationSource,
 )
-from megatron_cpt.data import build_dataset, build_files
+from megatron_cpt.data import DatasetBuild, build_dataset, build_files
 from megatron_cpt.data.world import write_world
 from megatron_cpt.errors import ConfigError, VerificationError
 from megatron_cpt.evaluation import certify, check_certificate, logit_parity
@@ -304,16 +304,9 @@ class Run:
         )
         side = (corpus.fraction, "train") if corpus.held_out_files is None else None
         for name, files in corpus.parts.items():
-            build_files(
-                files,
-                tokenizer,
-                folder / f"{name}.train",
-                corpus.language,
-                workers=2,
-                held_out=side,
-                text_field=corpus.text_field,
-                overwrite=True,
-            )
+            train = folder / f"{name}.train"
+            build = DatasetBuild(files, tokenizer, train, corpus.language, held_out=side, text_field=corpus.text_field)
+            build_files(build, workers=2, overwrite=True)
 
     def _job(
         self,

@@ -16,6 +16,11 @@ def in_child(work: Callable[[], Any]) -> int:
 
     An exception there fails the test.
     """
+    return start_child(work)()
+
+
+def start_child(work: Callable[[], Any]) -> Callable[[], int]:
+    """The same beside this process; returns what waits for the end."""
     pid = os.fork()
     if not pid:
         try:
@@ -24,6 +29,10 @@ def in_child(work: Callable[[], Any]) -> int:
             traceback.print_exc()
             os._exit(_RAISED)
         os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code != _RAISED, "an exception in the child, told on standard error"
-    return code
+
+    def wait() -> int:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code != _RAISED, "an exception in the child, told on standard error"
+        return code
+
+    return wait

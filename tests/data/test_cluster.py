@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,13 +111,13 @@ def test_clusters_that_cannot_be_used_are_refused(
         ("", "expected HOST:PORT"),
     ):
         with pytest.raises(ConfigError, match=message):
-            build_files(corpus, tokenizer, tmp_path / "x", "xx", ray=address)
+            build_files(DatasetBuild(corpus, tokenizer, tmp_path / "x", "xx"), ray=address)
     monkeypatch.setenv("RAY_ADDRESS", "nowhere.invalid:6379")
     with pytest.raises(ConfigError, match="no Ray cluster at nowhere.invalid:6379"):
-        build_files(corpus, tokenizer, tmp_path / "x", "xx", ray="auto")
+        build_files(DatasetBuild(corpus, tokenizer, tmp_path / "x", "xx"), ray="auto")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"--ray needs the library ray .*; pip install 'megatron-cpt\[ray\]'"):
-        build_files(corpus, tokenizer, tmp_path / "x", "xx", ray="auto")
+        build_files(DatasetBuild(corpus, tokenizer, tmp_path / "x", "xx"), ray="auto")
     assert list(tmp_path.iterdir()) == []  # nothing is left of the attempts
     program = "import megatron_cpt.data, megatron_cpt.cli.data, sys; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -159,14 +158,15 @@ def test_a_worker_that_is_killed_half_way_changes_no_byte(
     corpus: tuple[Path, ...],
     tokenizer: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    build_files(corpus, tokenizer, tmp_path / "local", "xx")
-    monkeypatch.setattr("megatron_cpt.data.build.DatasetBuild", partial(KilledBuild, diary=tmp_path / "diary"))
+    build_files(DatasetBuild(corpus, tokenizer, tmp_path / "local", "xx"))
     seen: list[tuple[int, int]] = []
     build_files(
-        corpus, tokenizer, tmp_path / "on ray", "xx", None, ray=address, on_progress=lambda *at: seen.append(at)
+        KilledBuild(corpus, tokenizer, tmp_path / "on ray", "xx", diary=tmp_path / "diary"),
+        None,
+        ray=address,
+        on_progress=lambda *at: seen.append(at),
     )
     assert files_of(tmp_path / "on ray") == files_of(tmp_path / "local")
     assert not Path(f"{tmp_path / 'on ray'}.parts").exists()
@@ -187,7 +187,7 @@ def test_the_command_works_on_a_cluster(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.chdir(corpus[0].parent)
-    build_files([corpus[0].name], tokenizer, tmp_path / "local", "xx")
+    build_files(DatasetBuild([corpus[0].name], tokenizer, tmp_path / "local", "xx"))
     options = ["--tokenizer", str(tokenizer), "--language", "xx", "--output", str(tmp_path / "on ray")]
     assert main(["data", "build", *options, "--json", "--ray", corpus[0].name]) == 0
     assert json.loads(capfd.readouterr().out)["documents"] == 40

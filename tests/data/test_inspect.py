@@ -11,6 +11,7 @@ import pytest
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.manifest import read_json, write_json_atomic
 from megatron_cpt.data import (
+    DatasetBuild,
     Document,
     IndexedDataset,
     SamplePlan,
@@ -139,7 +140,7 @@ def test_a_document_of_changed_files_has_no_line(documents: list[Document], toke
     model.write_bytes(tokenizer.read_bytes())
     lines = [json.dumps({"id": d.id, "text": d.text}) + "\n" for d in documents]
     path.write_text("".join(lines))
-    build_files([path], model, tmp_path / "x", "xx")
+    build_files(DatasetBuild([path], model, tmp_path / "x", "xx"))
     dataset = IndexedDataset(tmp_path / "x")
     assert trace_document(dataset, 9)["line"] == 10
     path.write_text(lines[0] + "".join(lines))

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.data import Document, build_files, ordered, verify_dataset
-from megatron_cpt.data.indexed import manifest_path
+from megatron_cpt.data import DatasetBuild, Document, build_files, ordered, verify_dataset
 from tests.data.killed import STEPS, in_child
 
 ENDINGS = ("bin", "idx", "manifest.json", "faults.txt")
@@ -66,19 +65,13 @@ def contents(prefix: Path) -> list[bytes]:
     return [Path(f"{prefix}.{ending}").read_bytes() for ending in ENDINGS]
 
 
-def repeat(prefix: Path, build: Callable[[], Any]) -> None:
-    """What the user does after a kill: the command again, unless everything had been done."""
-    if not manifest_path(prefix).exists() or Path(f"{prefix}.parts", "job.json").exists():
-        build()
-
-
 def test_killed_at_every_kind_of_step_the_dataset_is_the_same(
     files: list[Path], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ordered, "COMMIT_BYTES", 2 << 20)
 
     def build(prefix: Path) -> Callable[[], Any]:
-        return lambda: build_files(files, tokenizer, prefix, "xx", workers=2, on_error="skip")
+        return lambda: build_files(DatasetBuild(files, tokenizer, prefix, "xx", on_error="skip"), workers=2)
 
     build(tmp_path / "whole")()
     expected = contents(tmp_path / "whole")
@@ -89,9 +82,10 @@ def test_killed_at_every_kind_of_step_the_dataset_is_the_same(
         prefix = tmp_path / f"x{step}"
         assert in_child(killed_at(step, build(prefix))) == -signal.SIGKILL or step > total - 4
         continued += any(Path(f"{prefix}.parts").glob("0000?.json"))
-        in_child(killed_at(3 * step % total, partial(repeat, prefix, build(prefix))))  # and once more, somewhere else
-        repeat(prefix, build(prefix))
+        in_child(killed_at(3 * step % total + 1, build(prefix)))  # and once more, somewhere else
+        build(prefix)()
         assert contents(prefix) == expected, step
+        assert len(list(tmp_path.glob(f"x{step}.*"))) == len(ENDINGS), step
     assert continued > 3
     assert verify_dataset(prefix, inputs=True)["inputs_checked"] == 4
 
@@ -101,12 +95,12 @@ def test_killed_at_random_moments_while_threads_write(
 ) -> None:
     monkeypatch.setattr(ordered, "COMMIT_BYTES", 1 << 20)
     started = time.monotonic()
-    build_files(files, tokenizer, tmp_path / "whole", "xx", workers=3, on_error="skip")
+    build_files(DatasetBuild(files, tokenizer, tmp_path / "whole", "xx", on_error="skip"), workers=3)
     duration = time.monotonic() - started
     expected, draw = contents(tmp_path / "whole"), random.Random(7)
 
     def build() -> None:
-        build_files(files, tokenizer, tmp_path / "x", "xx", workers=3, on_error="skip", overwrite=True)
+        build_files(DatasetBuild(files, tokenizer, tmp_path / "x", "xx", on_error="skip"), workers=3, overwrite=True)
 
     def killed_after(seconds: float) -> None:
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))

@@ -19,7 +19,8 @@ import pytest
 
 from megatron_cpt.data import ordered
 from megatron_cpt.data.ordered import run_parts
-from megatron_cpt.data.parts import Part, Parts, check_shard
+from megatron_cpt.data.part import Part
+from megatron_cpt.data.parts import Parts, check_shard
 from megatron_cpt.errors import DataError
 
 
@@ -284,9 +285,9 @@ def test_a_part_in_other_hands_is_refused_and_its_folder_kept(tmp_path: Path) ->
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process works on .*in1.txt"):
             run_parts(parts, [1], Lines, Upper)
-        parts.discard_untouched()
+        parts.discard()
         assert parts.is_begun()
-    parts.discard_untouched()
+    parts.discard()
     assert not (tmp_path / "job").exists()
 
 

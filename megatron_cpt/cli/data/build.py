@@ -43,7 +43,7 @@ def build(
     '#') are split by a hash: one call without and one with --only-held-out give two disjoint datasets.
     """
     from megatron_cpt.config.schema import LANGUAGE_PATTERN, LANGUAGE_RULE
-    from megatron_cpt.data import DatasetBuild, build_files, check_no_dataset
+    from megatron_cpt.data import DatasetBuild, build_files
     from megatron_cpt.errors import InputError
 
     if only_held_out and not held_out:
@@ -51,29 +51,13 @@ def build(
     if language and not re.fullmatch(LANGUAGE_PATTERN, language):
         raise InputError(f"--language {language}: expected {LANGUAGE_RULE}")
     side = (held_out, "held_out" if only_held_out else "train") if held_out else None
+    job = DatasetBuild(files, tokenizer, output, language, side, bos, eos, text_field, on_error)
     if dry_run:
-        if not overwrite:
-            check_no_dataset(output)
-        job = DatasetBuild(tuple(files), tokenizer, Path(output), language, side, bos, eos, text_field, on_error)
-        emit(_plan_of(job), as_json, show_facts)
+        emit(_plan_of(job, overwrite), as_json, show_facts)
         return
     with progress(f"Building {output}") as advance:
         made = build_files(
-            files,
-            tokenizer,
-            output,
-            language,
-            workers=workers,
-            held_out=side,
-            append_bos=bos,
-            append_eos=eos,
-            text_field=text_field,
-            on_error=on_error,
-            shard=shard_of(shard),
-            overwrite=overwrite,
-            ray=ray,
-            on_progress=advance,
-            notice=lambda text: typer.echo(text, err=True),
+            job, workers, shard_of(shard), overwrite, ray, advance, notice=lambda text: typer.echo(text, err=True)
         )
     emit({"prefix": output, **made}, as_json, show_facts)
 
@@ -90,22 +74,25 @@ def shard_of(text: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _plan_of(job: DatasetBuild) -> dict[str, Any]:
+def _plan_of(job: DatasetBuild, overwrite: bool) -> dict[str, Any]:
     from megatron_cpt.data import is_held_out, read_documents
     from megatron_cpt.errors import DataError
     from megatron_cpt.tokenizer import load_tokenizer
 
-    job.parts().check_inputs()
+    parts = job.parts()
+    parts.check_inputs()
+    is_made = not overwrite and job.is_made(may_differ=parts.is_begun())
     loaded = load_tokenizer(job.tokenizer)
     fraction, side = job.held_out or (0.0, "train")
-    documents = read_documents(job.files, job.text_field, on_error=job.on_error)
+    documents = read_documents(job.paths, job.text_field, on_error=job.on_error)
     mine = (d for d in documents if d.text and is_held_out(d, fraction) == (side == "held_out"))
     first = next(mine, None)
     if first is None:
         raise DataError(f"no document to write to {job.prefix}: the corpus, or this side of it, is empty")
     return {
         "output": str(job.prefix),
-        "files": {str(file): file.stat().st_size for file in job.files},
+        "already_built": is_made,
+        "files": {str(file): file.stat().st_size for file in job.paths},
         "vocab_size": loaded.vocab_size,
         "tokenizer_sha256": loaded.sha256,
         "first_document": {"source": first.source, "ids": loaded.encode(first.text)[:16]},

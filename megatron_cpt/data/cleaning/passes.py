@@ -31,7 +31,8 @@ from megatron_cpt.data.cleaning.tally import (
     merge,
     scale_of,
 )
-from megatron_cpt.data.parts import Part
+from megatron_cpt.data.counting import fault_kind
+from megatron_cpt.data.part import Part
 from megatron_cpt.errors import DataError
 
 Verdicts = npt.NDArray[np.uint8]
@@ -122,7 +123,7 @@ class Scan:
             "faults": {},
         }
         for _, reason in block.faults:
-            merge(counts["faults"], {reason: 1})
+            merge(counts["faults"], {fault_kind(reason): 1})
         signing = self._job.signing
         signatures = signing.sign(judged.select(kept)).tobytes() if signing is not None and kept.any() else b""
         return _Scanned(verdicts, block.lines[kept], signatures, block.faults, counts)

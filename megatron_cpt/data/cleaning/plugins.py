@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megatron_cpt.data.cleaning.fasttext_file import check_fasttext_file
 from megatron_cpt.data.cleaning.profiles import ScorerConfig
 from megatron_cpt.errors import CptError, DataError
 
@@ -139,8 +140,8 @@ class KenlmPerplexity:
 class FasttextLanguage:
     """Probability that a text is of a language, by a fastText model such as lid.176 or GlotLID.
 
-    fastText holds Python's lock while it works, so one process scores on one core. It ends the process at a model
-    file that was cut short; compare the file's hash with its source.
+    fastText holds Python's lock while it works, so one process scores on one core. A model file that was cut short,
+    or whose sizes do not fit together, is refused before the library sees it.
 
     Args:
         model: the model file, .bin or .ftz.
@@ -151,10 +152,17 @@ class FasttextLanguage:
     scale: Scale = "share"
 
     def __init__(self, model: str, language: str, characters: float = 2000) -> None:
-        self._model = _load(_library("fasttext", "fasttext-predict").load_model, model)
+        fasttext = _library("fasttext", "fasttext-predict")
+
+        def load(path: str) -> Any:
+            check_fasttext_file(path)
+            loaded = fasttext.load_model(path)
+            return loaded, loaded.predict("", k=-1)[0]
+
+        self._model, labels = _load(load, model)
         self._label = f"{_LABEL}{language}"
         self._characters = int(characters)
-        known = [label.removeprefix(_LABEL) for label in self._model.predict("", k=-1)[0]]
+        known = [label.removeprefix(_LABEL) for label in labels]
         if known and language not in known:  # a model without a vector for the end of a line names none
             near = difflib.get_close_matches(language, known, n=3, cutoff=0.3) or sorted(known)[:10]
             raise DataError(f"the model {model} has no language {language!r}; it has {', '.join(near)}, ...")

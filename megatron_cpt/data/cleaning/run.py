@@ -1,7 +1,7 @@
 """Cleaning of corpus files from beginning to end; may be killed and run again at any moment.
 
-The folder `<output>/.work` holds the journal until the end:
-1. `scan/`: each file is read, normalised, measured and judged (`passes.Scan`); files are parts, any shard of
+The folder `<output>/.work` holds the journal until the end, and is there for one job at a time (`Parts`):
+1. in it: each file is read, normalised, measured and judged (`passes.Scan`); files are parts, any shard of
    which another process may do.
 2. `verdicts/`: the signatures of what the rules keep are searched for duplicates.
 3. `write/`: each file is read again, and what stays is written (`passes.Write`).
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,17 @@ from megatron_cpt.data.cleaning.report import make_report, write_report
 from megatron_cpt.data.cleaning.rules import KEPT
 from megatron_cpt.data.machines import Machines, open_machines
 from megatron_cpt.data.ordered import Progress, run_parts
-from megatron_cpt.data.parts import Notice, Parts, check_shard
-from megatron_cpt.errors import CptError, DataError
+from megatron_cpt.data.parts import Notice, Parts, check_shard, differences
+from megatron_cpt.errors import DataError
 from megatron_cpt.runtime.lock import lock_folder
 
 KIND = "cleaned corpus"
 MANIFEST = "manifest.json"
 _WORK = ".work"
-_REMOVED = ".work.removed"
 _FINISHED = Path("write", "finished")  # in _WORK, once nothing but the manifest is missing: an old one is gone by then
 _REPLACED = "replaced.json"  # in _WORK, the manifest of what is being removed
+_REPORT = "report.json"
+_SAID = ("models", "text_field", "on_error")  # options that the manifest has, beside the profile
 _ENDINGS = (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 
 
@@ -88,10 +89,10 @@ def clean_files(
             is then missing.
         text_field: field (column) that holds the text.
         on_error: "stop" at a record without a text, or "skip" such records, counted and logged in `faults.log`.
-        overwrite: replace a finished cleaning.
+        overwrite: replace a finished cleaning, and drop what another job has left unfinished.
         ray: address of a Ray cluster whose hosts do the work, as `open_cluster` takes it; None: this process.
         on_progress: called with (bytes read, bytes in all) of both walks.
-        notice: is told when work that was done is done again.
+        notice: is told when work that was done is done again, and when all of it had been done before.
 
     Returns:
         The report; of a shard how many files are judged and how many are not yet.
@@ -106,31 +107,98 @@ def clean_files(
     if shard is not None:
         check_shard(shard)
     job = Job(profile, text_field, on_error)
-    scan = Parts(output / _WORK / "scan", "judged corpus", _options(job), inputs)
-    shutil.rmtree(output / _REMOVED, ignore_errors=True)
+    scan = Parts(output / _WORK, "judged corpus", _options(job), inputs)
+    scan.check_inputs()
+    begun = scan.is_begun()
     _check_output(output, overwrite)
-    _ = job.scorers  # loaded first: an error leaves nothing behind
-    with open_machines(ray, workers) as machines, ExitStack() as held:
-        scan.claim(replace=overwrite)
+
+    def is_made() -> bool:
+        return not overwrite and _is_made(output, scan, job, shard or (0, 1), may_differ=begun)
+
+    made = is_made()
+    if not made:
+        _ = job.scorers  # loaded first: an error leaves nothing behind
+        try:
+            with open_machines(ray, workers) as machines, scan.claimed(replace=overwrite):
+                made = is_made()  # another process may have ended it just now
+                if not made:
+                    _make(scan, job, output, machines, shard, on_progress, notice)
+        except BaseException:
+            with suppress(OSError):  # it holds something
+                output.rmdir()
+            raise
+    if made:
+        scan.discard(begun=True)
+        if notice is not None:
+            notice(f"{output} is already cleaned of these files with this profile; nothing is left to do")
+    elif shard is None:
+        scan.remove()
+    if shard is not None:
+        left = 0 if made else len(scan.pending())
+        return {"judged_files": len(inputs) - left, "files_left": left}
+    return read_json(output / _REPORT, DataError)  # type: ignore[no-any-return]
+
+
+def _make(
+    scan: Parts,
+    job: Job,
+    output: Path,
+    machines: Machines,
+    shard: tuple[int, int] | None,
+    on_progress: Progress | None,
+    notice: Notice | None,
+) -> None:
+    with ExitStack() as held:
         if shard is None:
             held.enter_context(lock_folder(scan.folder, ".cleaning"))
         shared = [Path(model) for model in scan.options["models"]]
         walks = 1 if shard is not None else 2
         advance = None if on_progress is None else lambda done, total: on_progress(done, walks * total)
-        try:
-            machines.run_parts(scan, partial(_scan, scan, job), scan.pending(shard), shared, advance, notice)
-        except CptError:
-            _discard_untouched(scan, output)
-            raise
+        machines.run_parts(scan, partial(_scan, scan, job), scan.pending(shard), shared, advance, notice)
         if shard is not None:
-            left = len(scan.pending())
-            return {"judged_files": len(inputs) - left, "files_left": left}
+            return
         found = _decide(scan, job, output / _WORK / "verdicts", machines)
-        write = Parts(output / _WORK / "write", KIND, {**scan.options, "scan": found["scan"]}, inputs)
+        write = Parts(output / _WORK / "write", KIND, {**scan.options, "scan": found["scan"]}, scan.inputs)
         write.claim(replace=True)
         advance = None if on_progress is None else lambda done, total: on_progress(total + done, 2 * total)
         machines.run_parts(write, partial(_write, scan, write, job), write.pending(), (), advance, notice)
-    return _finish(scan, write, job, found, output)
+        _finish(scan, write, job, found, output)
+
+
+def _is_made(output: Path, scan: Parts, job: Job, shard: tuple[int, int], may_differ: bool) -> bool:
+    """Whether this very cleaning is there: of this profile, and files of the same content.
+
+    Args:
+        output: the folder.
+        scan: the job.
+        job: likewise.
+        shard: (i, n): only every n-th file is read, from the i-th on.
+        may_differ: False for another cleaning, too.
+
+    Raises:
+        DataError: another cleaning is there, with what differs.
+    """
+    if not (output / MANIFEST).exists():
+        return False
+    manifest = read_manifest(output / MANIFEST, KIND, DataError)
+    before = {**dict(_leaves("profile", manifest["profile"])), **{name: manifest[name] for name in _SAID}}
+    found = differences(before, scan.options)
+    names = [os.path.abspath(path) for path in scan.inputs]
+    if manifest["files"] != names:
+        found.append(f"it is of {len(manifest['files'])} files, now {len(names)} or others")
+    sizes = {name: held["bytes"] for name, held in manifest["outputs"].items()}
+    for path in [output / name for name in (*sizes, _REPORT)]:
+        if not path.is_file() or path.stat().st_size != sizes.get(path.name, path.stat().st_size):
+            found.append(f"{path} is missing or of another size than the manifest says")
+    for path in () if found else scan.inputs[shard[0] :: shard[1]]:
+        if sha256_file(path) != manifest["inputs"][os.path.abspath(path)]:
+            found.append(f"{path} has changed")
+    if found and not may_differ:
+        raise DataError(
+            f"{output} holds a finished cleaning that differs ({'; '.join(found)}); "
+            "choose another folder, or ask to overwrite it"
+        )
+    return not found
 
 
 def _options(job: Job) -> dict[str, Any]:
@@ -153,20 +221,13 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _discard_untouched(scan: Parts, output: Path) -> None:
-    """Leave nothing behind of a command that has come to nothing."""
-    scan.discard_untouched()
-    for folder in (output / _WORK, output):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
 def _check_output(output: Path, overwrite: bool) -> None:
-    if (output / MANIFEST).exists() and not (output / _WORK / _FINISHED).exists():
-        if not overwrite:
-            raise DataError(f"{output} holds a finished cleaning; choose another folder, or ask to overwrite it")
-        read_manifest(output / MANIFEST, KIND, DataError)
-    elif output.exists() and not (output / _WORK).exists() and any(output.iterdir()):
+    if (output / MANIFEST).exists():
+        if overwrite:
+            read_manifest(output / MANIFEST, KIND, DataError)
+        return
+    held = [path.name for path in output.iterdir()] if output.exists() else []
+    if _WORK not in held and any(not name.startswith(_WORK) for name in held):
         raise DataError(f"{output} is not empty; choose another folder")
 
 
@@ -251,7 +312,7 @@ def _decide(scan: Parts, job: Job, folder: Path, machines: Machines) -> dict[str
     return found
 
 
-def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: Path) -> dict[str, Any]:
+def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: Path) -> None:
     work = output / _WORK
     if (output / MANIFEST).exists() and not (work / _FINISHED).exists():
         os.replace(output / MANIFEST, work / _REPLACED)
@@ -281,14 +342,11 @@ def _finish(scan: Parts, write: Parts, job: Job, found: dict[str, Any], output: 
         _name_originals(report, scan, found["firsts"], np.load(work / "verdicts" / "roots.npy", mmap_mode="r"))
     _write_faults(scan, output / "faults.log")
     write_report(report, output)
-    inputs = {str(path): scan.read(number).sha256 for number, path in enumerate(scan.inputs)}
-    said = {"profile": job.profile.model_dump(mode="json"), "models": scan.options["models"]}
-    said |= {"text_field": job.text_field, "on_error": job.on_error}
+    inputs = {os.path.abspath(path): scan.read(number).sha256 for number, path in enumerate(scan.inputs)}
+    said = {"profile": job.profile.model_dump(mode="json"), **{name: scan.options[name] for name in _SAID}}
+    said |= {"files": [os.path.abspath(path) for path in scan.inputs]}
     (work / _FINISHED).touch()
     write_manifest(output / MANIFEST, KIND, inputs, **said, outputs=outputs, totals=report["totals"])
-    os.replace(work, output / _REMOVED)
-    shutil.rmtree(output / _REMOVED, ignore_errors=True)
-    return report
 
 
 def _name_originals(report: dict[str, Any], scan: Parts, firsts: list[int], roots: npt.NDArray[np.int64]) -> None:

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 
 from megatron_cpt.data import blocks, ordered
 from megatron_cpt.data.cleaning import Profile, clean_files, load_profile
-from megatron_cpt.errors import DataError
 from tests.data.killed import STEPS, in_child
 
 PROFILE = """
@@ -84,13 +82,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def finish(folder: Path, clean: Callable[[Path], Any]) -> None:
-    """What the user does after a kill: the command again, which may say that everything had been done."""
-    done = (folder / "manifest.json").exists() and not (folder / ".work").exists()
-    with pytest.raises(DataError, match="holds a finished cleaning") if done else nullcontext():
-        clean(folder)
-
-
 def test_killed_at_every_kind_of_step_the_output_is_the_same(
     corpus: list[Path], profile: Profile, tmp_path: Path
 ) -> None:
@@ -99,7 +90,7 @@ def test_killed_at_every_kind_of_step_the_output_is_the_same(
 
     def killed(step: int, folder: Path) -> None:
         kill_at(step)
-        finish(folder, clean)
+        clean(folder)
 
     def counted(folder: Path) -> None:
         steps = kill_at(0)
@@ -116,7 +107,7 @@ def test_killed_at_every_kind_of_step_the_output_is_the_same(
         assert in_child(partial(killed, step, folder)) == -signal.SIGKILL or step > total - 6, step
         continued += any(folder.glob(".work/*/0000?.json"))
         in_child(partial(killed, 3 * step % total + 1, folder))  # and once more, somewhere else
-        finish(folder, clean)
+        clean(folder)
         assert contents(folder) == expected, step
     assert continued > 5
 

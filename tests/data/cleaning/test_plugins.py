@@ -7,6 +7,7 @@ library where it is installed.
 from __future__ import annotations
 
 import math
+import os
 import struct
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import pytest
 import sentencepiece
 
 from megatron_cpt.data import read_documents
+from megatron_cpt.data.cleaning.fasttext_file import check_fasttext_file
 from megatron_cpt.data.cleaning.plugins import FasttextLanguage, KenlmPerplexity, open_scorers
 from megatron_cpt.data.cleaning.profiles import ScorerConfig, load_profile
 from megatron_cpt.data.cleaning.run import clean_files
@@ -110,8 +112,7 @@ def arpa(tmp_path: Path) -> str:
     return str(tmp_path / "model.arpa")
 
 
-@pytest.fixture
-def classifier(tmp_path: Path) -> str:
+def model_bytes(quantised: bool = False) -> bytes:
     """A fastText model, version 12 of its format: supervised, softmax, two dimensions."""
     settings = (2, 5, 1, 1, 5, 1, 3, 3, 0, 0, 0, 100)
     data = struct.pack("<2i12id", 793712314, 12, *settings, 1e-4)
@@ -119,8 +120,20 @@ def classifier(tmp_path: Path) -> str:
     for kind, names in enumerate((VECTORS, LABELS)):
         data += b"".join(name.encode() + struct.pack("<bqb", 0, 9 - kind, kind) for name in names)
     for rows in (VECTORS, LABELS):
-        data += struct.pack("<?2q", False, len(rows), 2) + b"".join(struct.pack("<2f", *row) for row in rows.values())
-    (tmp_path / "model.bin").write_bytes(data)
+        values = b"".join(struct.pack("<2f", *row) for row in rows.values())
+        if quantised:  # a row is a length and a direction: the codes of each are places among 256
+            centroids = values + bytes(2048 - len(values))
+            data += struct.pack("<2?2qi", True, True, len(rows), 2, len(rows)) + bytes(range(len(rows)))
+            data += struct.pack("<4i", 2, 1, 2, 2) + centroids
+            data += bytes(len(rows)) + struct.pack("<4i256f", 1, 1, 1, 1, *[1.0] * 256)
+        else:
+            data += struct.pack("<?2q", False, len(rows), 2) + values
+    return data
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> str:
+    (tmp_path / "model.bin").write_bytes(model_bytes())
     return str(tmp_path / "model.bin")
 
 
@@ -179,6 +192,39 @@ def test_files_that_are_no_models_are_refused_with_their_name(
         open_scorers({"x": ScorerConfig(use=use, options=options)})
     with pytest.raises(DataError, match="does not exist"):
         open_scorers({"x": ScorerConfig(use=use, options={**options, option: "none"})})
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_classifier_that_is_not_whole_is_refused_before_the_library_sees_it(quantised: bool, tmp_path: Path) -> None:
+    data, path = model_bytes(quantised), tmp_path / "model"
+    path.write_bytes(data)
+    check_fasttext_file(str(path))
+    for end in [*range(min(len(data), 400)), *range(400, len(data), 37), len(data) - 1]:
+        path.write_bytes(data[:end])
+        with pytest.raises(ValueError, match="it was cut short" if end else "it is empty"):
+            check_fasttext_file(str(path))
+    places = {
+        0: "does not begin as",
+        8: "its vectors of words are 3 of 2 numbers, expected 3 of",  # dim
+        28: "n-grams and 0 places for them",  # longest n-grams
+        32: "it is no classifier",  # loss
+        36: "it is no classifier",  # model
+        68: "its dictionary of",
+        72: "its dictionary of",  # words
+        109: "neither a word nor a label",
+    }
+    for place, message in places.items():
+        changed = bytearray(data)
+        changed[place] += 2
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=message):
+            check_fasttext_file(str(path))
+
+
+def test_a_classifier_cut_short_is_told_by_its_name(libraries: str, classifier: str) -> None:
+    os.truncate(classifier, 100)
+    with pytest.raises(DataError, match="the model .*model.bin of a scorer cannot be loaded: its dictionary would end"):
+        FasttextLanguage(classifier, "de")
 
 
 @pytest.mark.parametrize(("module", "package"), [("kenlm", "kenlm"), ("fasttext", "fasttext-predict")])
