@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ def test_build_inspect_and_verify(
     assert not (tmp_path / "out").exists()
     code, built, _ = run(capsys, *build, "--workers", 2, "--json")
     assert code == 0 and built["documents"] == len(documents) and built["inputs"][str(corpus)]
-    code, _, error = run(capsys, *build, "--dry-run")
-    assert code == 2 and "already holds a dataset" in error
+    code, again, said = run(capsys, *build, "--json")
+    assert code == 0 and again == built and said.count("\n") == 1 and "is already built of these files" in said
+    code, planned, _ = run(capsys, *build, "--dry-run", "--json")
+    assert code == 0 and planned["already_built"]
+    code, _, error = run(capsys, *build, "--no-bos", "--dry-run")
+    assert code == 2 and "already holds a dataset that differs (append_bos was True, is False)" in error
     assert run(capsys, *build, "--dry-run", "--overwrite", "--json")[0] == 0
     prefix = tmp_path / "out" / "x"
     code, shown, _ = run(capsys, "inspect", prefix, "--document", 9, "--json")
@@ -121,3 +126,19 @@ def test_shards_and_skipped_records(
     bad.write_text("")
     code, _, error = run(capsys, "verify", tmp_path / "x", "--inputs")
     assert code == 1 and "bad.jsonl is not the file" in error
+
+
+def test_a_cleaning_says_what_it_left_out_and_that_it_is_done(
+    documents: list[Document], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    good = json.dumps({"text": documents[9].text})
+    path.write_text(f"{good}\n{{broken\n" + '{"title": 1}\n' * 11)
+    clean = ["clean", path, "--profile", "short", "--output", tmp_path / "out", "--on-error", "skip"]
+    assert main(["data", *map(str, clean)]) == 0
+    assert re.search(r"no document: no field 'text' +11 ", capsys.readouterr().out)
+    code, report, said = run(capsys, *clean, "--json")
+    assert code == 0 and said.count("\n") == 1 and "is already cleaned of these files with this profile" in said
+    assert report["totals"]["faults"] == sum(report["faults"].values()) == 12 and len(report["faults"]) == 2
+    code, _, error = run(capsys, *clean, "--text-field", "body")
+    assert code == 2 and "finished cleaning that differs (text_field was 'text', is 'body')" in error

@@ -79,8 +79,9 @@ def _show(report: dict[str, Any]) -> RenderableType:
     rows = [("read", totals["documents"])]
     rows += [(f"dropped: {name}", rule["documents"]) for name, rule in report["rules"].items() if rule["documents"]]
     rows += [(f"dropped: {kind} duplicate", report["duplicates"][kind]["documents"]) for kind in ("exact", "near")]
-    rows += [(f"left out: {reason}", count) for reason, count in report["faults"].items()]
     rows.append(("written", totals["kept_documents"]))
     for name, count in rows:
         table.add_row(name, f"{count:,}", f"{100 * count / documents:.1f} %")
+    for reason, count in report["faults"].items():
+        table.add_row(f"no document: {reason}", f"{count:,}", "")
     return Group(table, Text(f"report: {Path(report['output']) / 'report.md'}"))
