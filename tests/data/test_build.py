@@ -61,7 +61,7 @@ def test_the_result_does_not_depend_on_batches(
 ) -> None:
     first = build_dataset(documents, tokenizer, tmp_path / "a", "xx")
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr("megatron_cpt.data.build._BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("megatron_cpt.data.build_memory._BATCH_CHARACTERS", 500)
     second = build_dataset(documents, tokenizer, tmp_path / "b", "xx", on_progress=lambda *at: seen.append(at))
     assert first.pop("checked_documents") < second.pop("checked_documents")
     assert first == second

@@ -244,35 +244,6 @@ def test_folders_in_use_are_left_alone(corpus: list[Path], profile: Profile, tmp
         clean_files(corpus, other, profile)
 
 
-def test_a_command_repeated_after_its_end_finds_its_output(
-    corpus: list[Path], profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine, out = tmp_path / "mine.txt", tmp_path / "out"
-    mine.write_bytes(corpus[1].read_bytes())
-    made = clean_files([corpus[0], mine], out, profile)
-    before = contents(out)
-    (out / ".work.removed").mkdir()  # of a process killed in its last step
-    (out / ".work.lock").touch()
-    said: list[str] = []
-    with monkeypatch.context() as patch:
-        patch.setattr("megatron_cpt.data.cleaning.run._make", None)
-        assert clean_files([corpus[0], mine], out, profile, notice=said.append) == made
-        judged = clean_files([corpus[0], mine], out, profile, shard=(0, 2), notice=said.append)
-    assert judged == {"judged_files": 2, "files_left": 0}
-    assert len(said) == 2 and all("is already cleaned of these files with this profile" in text for text in said)
-    assert contents(out) == before and not list(out.glob(".*"))
-    for files, change, difference in (
-        ([mine, corpus[0]], {}, "it is of 2 files, now 2 or others"),
-        ([corpus[0], mine], {"text_field": "body"}, "text_field was 'text', is 'body'"),
-    ):
-        with pytest.raises(DataError, match=f"finished cleaning that differs .*{difference}"):
-            clean_files(files, out, profile, **change)
-    mine.write_bytes(corpus[1].read_bytes().replace(b"e", b"i", 1))
-    with pytest.raises(DataError, match="mine.txt has changed"):
-        clean_files([corpus[0], mine], out, profile)
-    assert contents(out) == before and not list(out.glob(".*"))
-
-
 def test_an_unfinished_job_with_other_rules_is_refused(corpus: list[Path], profile: Profile, tmp_path: Path) -> None:
     clean_files(corpus, tmp_path / "out", profile, shard=(0, 3))
     other = profile.model_copy(update={"duplicates": None})
