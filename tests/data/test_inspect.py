@@ -106,19 +106,22 @@ def test_plan_shows_the_stages(job: Path, capsys: pytest.CaptureFixture[str]) ->
     stages = shown(capsys, "plan", job)["jobs"]["train"]["stages"]
     windows = {name: -(-(IndexedDataset(job.parent / name).num_tokens - 1) // LENGTH) for name in "x"}
     assert [(s["name"], s["samples"], s["tokens"]) for s in stages] == [("first", 20, 960), ("second", 20, 960)]
-    assert stages[0]["sources"] == {
-        "x": {"share": [1.0, 1.0], "samples": 20, "tokens": 960, "epochs": 20 / windows["x"]}
-    }
-    assert [facts["samples"] for facts in stages[1]["sources"].values()] == [10, 10]
+    row = {"name": "x", "share": [1.0, 1.0], "in_turn": False, "samples": 20, "tokens": 960}
+    assert stages[0]["sources"] == [{**row, "epochs": 20 / windows["x"]}]
+    assert [facts["samples"] for facts in stages[1]["sources"]] == [10, 10]
     assert main(["plan", str(job)]) == 0
     assert "50.00%" in capsys.readouterr().out
     endless = shown(capsys, "plan", job, "--set", "data.stages=[]")["jobs"]["train"]["stages"]
     assert [(s["name"], s["samples"]) for s in endless] == [("", 40)]
-    assert shown(capsys, "plan", job, "--set", "batch.seq_length=24")["jobs"]["train"]["stages"] is None
+    origins = {"dataset", "dataset, not packed yet"}
+    unpacked = shown(capsys, "plan", job, "--set", "batch.seq_length=24")["jobs"]["train"]
+    assert {source["known_from"] for source in unpacked["sources"]} == origins and not unpacked["missing"]
     manifest_path(job.parent / "y").unlink()
-    assert shown(capsys, "plan", job)["jobs"]["train"]["stages"] is None
+    without = shown(capsys, "plan", job)["jobs"]["train"]
+    assert [(each["what"], each["path"]) for each in without["missing"]] == [("dataset y", str(job.parent / "y"))]
+    assert [row["epochs"] is None for row in without["stages"][1]["sources"]].count(True) == 1
     assert main(["plan", str(job)]) == 0
-    assert "not all datasets are built and packed yet" in capsys.readouterr().out
+    assert "megatron-cpt data build FILE..." in capsys.readouterr().out
 
 
 def test_a_document_is_traced_to_its_line(
