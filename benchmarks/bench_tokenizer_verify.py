@@ -21,10 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_cpt.data import _native, read_documents
-from megatron_cpt.data.encoder import open_encoder
+from megatron_cpt.data import read_documents
+from megatron_cpt.data.encoder_peer import encoder_peer
 from megatron_cpt.evaluation.transformers_tokenizer import transformers_peer
 from megatron_cpt.tokenizer import Peer, Tokenizer, compare_peers, convert_tokenizer, load_tokenizer
 from megatron_cpt.tokenizer.verify import peer_of_json
@@ -40,17 +38,6 @@ PUBLISHED = {
     "add_eos_token": False,
     "legacy": False,
 }
-
-
-def encoder_peer(tokenizer: Tokenizer) -> Peer:
-    """The encoder of `data build`."""
-    encoder = open_encoder(tokenizer, False, False, np.dtype(np.int32))
-
-    def encode_batch(texts: Any) -> list[list[int]]:
-        encoded = encoder.encode(_native.Block.from_texts(list(texts)))
-        return [ids.tolist() for ids in np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])]
-
-    return Peer(f"megatron_cpt.data ({encoder.name})", encode_batch)
 
 
 def renamed(peer: Peer, suffix: str) -> Peer:
@@ -110,7 +97,7 @@ def main() -> None:
                 renamed(opened.enter_context(transformers_peer(arguments.model)), "model alone"),
                 renamed(opened.enter_context(transformers_peer(right)), "files of `tokenizer convert`"),
                 renamed(peer_of_json(right / "tokenizer.json"), "of `tokenizer convert`"),
-                encoder_peer(reference),
+                *filter(None, [encoder_peer(reference)[0]]),
             ]
             todo.append(("model", reference, peers))
         for name, _, folder in (value.partition("=") for value in arguments.folder):
@@ -118,7 +105,7 @@ def main() -> None:
             peers = [
                 peer_of_json(Path(folder) / "tokenizer.json"),
                 opened.enter_context(transformers_peer(folder)),
-                encoder_peer(reference),
+                *filter(None, [encoder_peer(reference)[0]]),
             ]
             todo.append((name, reference, peers))
         for name, reference, peers in todo:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_cpt.errors import InputError, TokenizerError
 from megatron_cpt.evaluation.transformers_tokenizer import transformers_peer
-from megatron_cpt.tokenizer import compare_peers, convert_tokenizer, load_tokenizer
+from megatron_cpt.tokenizer import compare_peers, convert_tokenizer, load_tokenizer, verify_tokenizer
 from megatron_cpt.tokenizer.model_file import Piece, PieceType
 from megatron_cpt.tokenizer.training import LLAMA_NORMALIZER, LLAMA_RULES, train_model
 from megatron_cpt.tokenizer.verify import HARD_TEXTS
@@ -41,6 +43,20 @@ def test_bare_model_and_right_files(model: Path, tmp_path: Path) -> None:
     convert_tokenizer(model, tmp_path / "right")
     with transformers_peer(tmp_path / "right") as peer:
         assert compare_peers(reference, [peer], TEXTS)["mismatches"] == {peer.name: 0}
+
+
+def test_byte_level_folder(tmp_path: Path) -> None:
+    """A tokenizer.json alone, as Llama 3's: read by transformers as by `tokenizers`."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(TEXTS * 3, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    with transformers_peer(tmp_path) as peer:
+        result = verify_tokenizer(tmp_path, TEXTS, [peer])
+    assert result["reference"] == "tokenizer.json" and result["readers"] == {peer.name: 0}
 
 
 def test_refusals(model: Path, tmp_path: Path) -> None:

@@ -79,9 +79,11 @@ def _peers(
     """The readers beside the folder's own files, and why others are left out."""
     import importlib.util
 
+    from megatron_cpt.data.encoder_peer import encoder_peer
+
     peers: list[Peer] = []
     left_out = {}
-    encoder, reason = _data_encoder(tokenizer)
+    encoder, reason = encoder_peer(tokenizer)
     if encoder is None:
         left_out["megatron_cpt.data"] = reason
     else:
@@ -99,26 +101,6 @@ def _peers(
 
         peers += [opened.enter_context(transformers_peer(path, name)) for name in against or [DEFAULT_CLASS]]
     return peers, left_out
-
-
-def _data_encoder(tokenizer: Tokenizer) -> tuple[Peer | None, str]:
-    """The encoder of `data build`, or None and the reason where it is the tokenizer's own library."""
-    import numpy as np
-
-    from megatron_cpt.data import _native
-    from megatron_cpt.data.encoder import open_encoder
-    from megatron_cpt.tokenizer import Peer
-
-    encoder = open_encoder(tokenizer, False, False, np.dtype(np.int32))
-    if encoder.name != "native":
-        return None, f"reads it with {encoder.name} itself ({encoder.reason})"
-
-    def encode_batch(texts: Any) -> list[list[int]]:
-        encoded = encoder.encode(_native.Block.from_texts(list(texts)))
-        ends = np.cumsum(encoded.lengths)
-        return [ids.tolist() for ids in np.split(encoded.tokens, ends[:-1])]
-
-    return Peer("megatron_cpt.data", encode_batch), ""
 
 
 def _way_out(readers: dict[str, int], path: Path, output: Path | None) -> str:
