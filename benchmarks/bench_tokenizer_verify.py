@@ -2,7 +2,7 @@
 
 For a bare tokenizer.model: what transformers makes of it, by class, and the files that `tokenizer convert` writes.
 For each further folder: all its readers. Texts are the first --documents documents of each file, whole, cut at
-20,000 characters, and their first --lines lines.
+5,000 characters, and their first --lines lines.
 
     python benchmarks/bench_tokenizer_verify.py --model llama2/tokenizer.model --text en=novels.jsonl.gz \
         --text ja=aozora.jsonl.gz --folder extended=out/llama2-ja --output verify.csv
@@ -48,7 +48,7 @@ def renamed(peer: Peer, suffix: str) -> Peer:
 def units_of(path: str, documents: int, lines: int) -> Iterator[tuple[str, list[str]]]:
     """Whole documents, and lines."""
     texts = [document.text for document in read_documents([Path(path)])]
-    yield "document", [text[:20_000] for text in texts[:documents]]
+    yield "document", [text[:5_000] for text in texts[:documents]]
     yield "line", list(islice((line for text in texts for line in text.split("\n") if line), lines))
 
 
