@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.errors import TokenizerError
-from megatron_cpt.tokenizer.extending import read_base
+from megatron_cpt.tokenizer.base_model import read_base
 from megatron_cpt.tokenizer.hf_files import write_hf_files
 from megatron_cpt.tokenizer.loading import SENTENCEPIECE_FILE
 from megatron_cpt.tokenizer.training import write_tokenizer_manifest
@@ -35,7 +35,7 @@ def convert_tokenizer(model: str | Path, output: str | Path) -> dict[str, Any]:
     """
     output = Path(output)
     check_free(output, TokenizerError)
-    tokenizer, _ = read_base(Path(model))
+    tokenizer, _ = read_base(model)
     with new_folder(output, TokenizerError) as folder:
         shutil.copyfile(tokenizer.path, folder / SENTENCEPIECE_FILE)
         write_hf_files(folder, tokenizer.path.parent)

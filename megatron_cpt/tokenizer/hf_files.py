@@ -1,10 +1,14 @@
-"""The Hugging Face files of a SentencePiece BPE model, giving SentencePiece's ids on every text.
+"""The Hugging Face files of a SentencePiece model, giving SentencePiece's ids on every text.
 
 SentencePiece merges the adjacent pair whose concatenation has the highest score, the leftmost of equals.
 A `tokenizer.json` ranks its merges by their place in a list. The two agree when the list is sorted by
 the score of the merged piece. Equal scores have no place in such a list, with one exception that Llama 2
 needs: its runs of spaces, which all have one score. There leftmost-first means "grow the run as far as it
 goes", which is what the list does when longer runs stand first.
+
+A Unigram model's scores are summed, in 32 bits there and in 64 here: `training` rounds them so that the
+sums agree. A `tokenizer.json` also finds special and byte pieces in a text that spells them; here their
+scores are so low that every other reading wins.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from megatron_cpt.tokenizer.model_file import SPACE, ModelFile, Piece, PieceType
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+
+_NEVER_CHOSEN = -1e6  # the score of special and byte pieces in a Unigram tokenizer.json
 
 # Settings of a base model that stay true when its vocabulary grows.
 _CARRIED = ("model_max_length", "chat_template", "padding_side")
@@ -50,6 +56,11 @@ def check_expressible(model: ModelFile, name: str) -> None:
         raise TokenizerError(
             f"{name} has {len(symbols)} user-defined symbols (the first: {symbols[0]!r}); expected none, as in Llama's"
         )
+    if model.type == "bpe":
+        _check_merges(model, name)
+
+
+def _check_merges(model: ModelFile, name: str) -> None:
     alphabet = model.alphabet()
     unspelled = [piece.text for piece in _mergeable(model) if not alphabet.issuperset(piece.text)]
     if unspelled:
@@ -121,7 +132,6 @@ def _special_token(text: str) -> dict[str, Any]:
 
 def _tokenizer_json(model: ModelFile, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     prefix = model.normalizer.add_dummy_prefix
-    unknown = None if tokenizer.unk_id is None else tokenizer.piece(tokenizer.unk_id)
     prepend = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
@@ -146,18 +156,33 @@ def _tokenizer_json(model: ModelFile, tokenizer: SentencePieceTokenizer) -> dict
                 *strip,
             ],
         },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": model.rules.byte_fallback,
-            "ignore_merges": False,
-            "vocab": {piece.text: id for id, piece in enumerate(model.pieces)},
-            "merges": [f"{left} {right}" for left, right in merges(model)],
-        },
+        "model": _bpe(model, tokenizer) if model.type == "bpe" else _unigram(model, tokenizer),
+    }
+
+
+def _bpe(model: ModelFile, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None if tokenizer.unk_id is None else tokenizer.piece(tokenizer.unk_id),
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.rules.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {piece.text: id for id, piece in enumerate(model.pieces)},
+        "merges": [f"{left} {right}" for left, right in merges(model)],
+    }
+
+
+def _unigram(model: ModelFile, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": tokenizer.unk_id,
+        "byte_fallback": model.rules.byte_fallback,
+        "vocab": [
+            [piece.text, piece.score if piece.type is PieceType.NORMAL else _NEVER_CHOSEN] for piece in model.pieces
+        ],
     }
 
 

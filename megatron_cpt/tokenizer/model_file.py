@@ -1,4 +1,4 @@
-"""SentencePiece model files: the few facts needed of them, and appending pieces to them.
+"""SentencePiece model files: the few facts needed of them, and other pieces in them.
 
 A `.model` file is a protobuf message. Protobuf lets a repeated field be extended by appending records
 to the bytes, so the pieces of the base stay byte for byte what they were and no protobuf package or
@@ -73,12 +73,13 @@ class Normalizer:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The content of a SentencePiece BPE model file."""
+    """The content of a SentencePiece model file; `type` is "bpe" or "unigram"."""
 
     data: bytes
     pieces: tuple[Piece, ...]
     rules: TrainingRules
     normalizer: Normalizer
+    type: str = "bpe"
 
     def alphabet(self) -> set[str]:
         """The characters that are pieces."""
@@ -87,6 +88,14 @@ class ModelFile:
     def with_appended(self, pieces: Sequence[Piece]) -> bytes:
         """The file's bytes with more pieces at the end; everything before them is unchanged."""
         return self.data + b"".join(map(_piece_record, pieces))
+
+    def with_pieces(self, pieces: Sequence[Piece]) -> bytes:
+        """A file with these pieces and all settings of this one.
+
+        Its self-test, which states how the old pieces cut some texts, is left out.
+        """
+        kept = (self.data[start:end] for field, start, end in _spans(self.data) if field not in (_PIECES, _SELF_TEST))
+        return b"".join(map(_piece_record, pieces)) + b"".join(kept)
 
 
 def without_prefix(data: bytes) -> bytes:
@@ -108,14 +117,15 @@ _RULE_FIELDS = {
     35: "byte_fallback",
 }
 _NORMALIZER_FIELDS = {3: "add_dummy_prefix", 4: "remove_extra_whitespaces", 5: "escape_whitespaces"}
-_UNIGRAM, _BPE = 1, 2
+_TYPES = {1: "unigram", 2: "bpe"}
+_PIECES, _TRAINER, _NORMALIZER, _SELF_TEST = 1, 2, 3, 4  # the fields of a model
 
 
 def read_model_file(path: str | Path) -> ModelFile:
-    """Read a SentencePiece BPE model file.
+    """Read a SentencePiece BPE or Unigram model file.
 
     Raises:
-        TokenizerError: the file is missing, is not such a model, or holds a model that is not BPE.
+        TokenizerError: the file is missing, is not such a model, or holds a model of another type.
     """
     try:
         data = Path(path).read_bytes()
@@ -132,45 +142,58 @@ def parse_model(data: bytes, name: str = "the model") -> ModelFile:
     pieces: list[Piece] = []
     rules: dict[str, Any] = {}
     normalizer: dict[str, Any] = {}
-    model_type = _UNIGRAM
+    model_type = 1
     for field, record in _fields(data):
-        if field == 1:
+        if field == _PIECES:
             pieces.append(_piece(_as_bytes(record)))
-        elif field == 2:
+        elif field == _TRAINER:
             spec = dict(_fields(_as_bytes(record)))
             model_type = _as_int(spec.get(3, model_type))
             rules |= {key: _as_int(spec[number]) for number, key in _RULE_FIELDS.items() if number in spec}
-        elif field == 3:
+        elif field == _NORMALIZER:
             spec = dict(_fields(_as_bytes(record)))
             normalizer |= {"charsmap": _as_bytes(spec[2])} if 2 in spec else {}
             normalizer |= {key: bool(spec[number]) for number, key in _NORMALIZER_FIELDS.items() if number in spec}
     if not pieces:
         raise TokenizerError(f"{name} holds no piece: it is not a SentencePiece model, or it was cut short")
-    if model_type != _BPE:
-        raise TokenizerError(f"{name} is a SentencePiece model of type {model_type}, expected BPE (type {_BPE})")
+    if model_type not in _TYPES:
+        raise TokenizerError(f"{name} is a SentencePiece model of type {model_type}, expected 2 (BPE) or 1 (Unigram)")
     rules = {key: value if key == "max_piece_length" else bool(value) for key, value in rules.items()}
-    return ModelFile(data, tuple(pieces), TrainingRules(**rules), Normalizer(**normalizer))
+    return ModelFile(data, tuple(pieces), TrainingRules(**rules), Normalizer(**normalizer), _TYPES[model_type])
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The (field number, value) pairs of one protobuf message; nested messages stay bytes."""
     at = 0
     while at < len(data):
-        key, at = _varint(data, at)
-        kind = key & 7
-        value: int | bytes
-        if kind == 0:
-            value, at = _varint(data, at)
-        else:
-            size = {1: 8, 5: 4}.get(kind)
-            if size is None:
-                if kind != 2:
-                    raise ValueError(f"wire type {kind} at byte {at}")
-                size, at = _varint(data, at)
-            if at + size > len(data):
-                raise ValueError(f"a record ends {at + size - len(data)} bytes after the end of the file")
-            value, at = data[at : at + size], at + size
-        yield key >> 3, value
+        field, value, at = _field(data, at)
+        yield field, value
+
+
+def _spans(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The (field number, begin, end) of each record of one protobuf message."""
+    at = 0
+    while at < len(data):
+        start = at
+        field, _, at = _field(data, at)
+        yield field, start, at
+
+
+def _field(data: bytes, at: int) -> tuple[int, int | bytes, int]:
+    """Number and value of the field that begins at a byte, and where the next begins."""
+    key, at = _varint(data, at)
+    kind = key & 7
+    if kind == 0:
+        number, at = _varint(data, at)
+        return key >> 3, number, at
+    size = {1: 8, 5: 4}.get(kind)
+    if size is None:
+        if kind != 2:
+            raise ValueError(f"wire type {kind} at byte {at}")
+        size, at = _varint(data, at)
+    if at + size > len(data):
+        raise ValueError(f"a record ends {at + size - len(data)} bytes after the end of the file")
+    return key >> 3, data[at : at + size], at + size
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
