@@ -17,7 +17,7 @@ from megatron_cpt.errors import CptError, InputError, error_of_system
 VERBS = {
     "run": "Walk the whole path of a recipe: base, tokenizer, surgery, data, training, export, report.",
     "plan": "Show what a configuration means: every value, parameters, layout, memory.",
-    "tokenizer": "Train, extend, measure and verify tokenizers.",
+    "tokenizer": "Train, extend, replace, measure and verify tokenizers.",
     "surgery": "Fit a model's embedding and head to another vocabulary.",
     "data": "Build, inspect and verify indexed datasets.",
     "checkpoint": "Convert, verify and show checkpoints.",

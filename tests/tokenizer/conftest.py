@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from megatron_cpt.tokenizer import extend_tokenizer, train_tokenizer
+from megatron_cpt.tokenizer import TextMixture, extend_tokenizer, replace_tokenizer, train_tokenizer
 from megatron_cpt.tokenizer.hf_files import write_hf_files
 from megatron_cpt.tokenizer.model_file import ModelFile, Piece, PieceType
 from megatron_cpt.tokenizer.training import LLAMA_NORMALIZER, LLAMA_RULES, train_model
@@ -65,6 +65,25 @@ def extended(tmp_path_factory: pytest.TempPathFactory, base: Path, japanese: lis
     """The base with Japanese pieces, its size a multiple of 8."""
     folder = tmp_path_factory.mktemp("tokenizers") / "extended"
     extend_tokenizer(base, japanese, 200, "ja", 8, folder, "ja")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def replaced(
+    tmp_path_factory: pytest.TempPathFactory, with_runs: Path, english: list[str], japanese: list[str]
+) -> Path:
+    """A vocabulary of both languages, as large as the base that it replaces."""
+    folder = tmp_path_factory.mktemp("tokenizers") / "replaced"
+    mixture = TextMixture({"en": english, "ja": japanese}, {"en": 1, "ja": 2})
+    replace_tokenizer(with_runs, mixture, 464, 8, folder, "en,ja")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unigram(tmp_path_factory: pytest.TempPathFactory, english: list[str], japanese: list[str]) -> Path:
+    """A Unigram tokenizer of both languages."""
+    folder = tmp_path_factory.mktemp("tokenizers") / "unigram"
+    train_tokenizer([*english, *japanese], 600, folder, model_type="unigram")
     return folder
 
 

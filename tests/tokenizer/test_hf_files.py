@@ -22,7 +22,7 @@ from megatron_cpt.tokenizer.model_file import ModelFile, Normalizer, Piece, Piec
 from megatron_cpt.tokenizer.training import LLAMA_NORMALIZER, train_model
 from megatron_cpt.tokenizer.verify import HARD_TEXTS
 
-MODELS = ("base", "extended", "with_runs")
+MODELS = ("base", "extended", "with_runs", "replaced", "unigram")
 TEXTS = (
     *HARD_TEXTS,
     "\n\n",
@@ -32,6 +32,7 @@ TEXTS = (
     "静かな river 流れて",
     "</s>",
     "<s><s>",
+    "<s>鬱<0x0A></s><unk>\x80é",
     "é\u0301𝕏ﷺ",
     *(" " * length + "x" for length in range(1, 50)),
     *("x" + " " * length for length in range(1, 50)),

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from megatron_cpt.errors import TokenizerError
-from megatron_cpt.tokenizer import load_tokenizer, train_tokenizer
+from megatron_cpt.tokenizer import TextMixture, fast_slow_mismatches, load_tokenizer, train_tokenizer
+from megatron_cpt.tokenizer.model_file import read_model_file
 
 FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "manifest.json"}
 
@@ -106,3 +108,39 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     train_tokenizer(["some text"], 300, tmp_path / "empty")
     assert load_tokenizer(tmp_path / "empty").vocab_size
+
+
+def test_unigram(unigram: Path, english: list[str], japanese: list[str]) -> None:
+    """Sums of its scores are exact in 32 bits, so that long texts are cut alike by both files."""
+    manifest = json.loads((unigram / "manifest.json").read_text())
+    assert manifest["model_type"] == "unigram" and manifest["normalization"] == "identity"
+    model = read_model_file(unigram / "tokenizer.model")
+    assert model.type == "unigram" and all((piece.score * 64).is_integer() for piece in model.pieces)
+    documents = ["\n".join(english), "\n".join(japanese), " ".join(english * 3)]
+    assert fast_slow_mismatches(unigram, [*documents, *english, *japanese])["mismatches"] == 0
+
+
+def test_a_normalization_is_stated_and_never_half_expressed(tmp_path: Path) -> None:
+    texts = ["ﾊﾞｽに乗る ＡＢＣ①", "か\u3099っこう e\u0301te\u0301"] * 20
+    for name in ("nfkc", "nmt_nfkc"):
+        with pytest.raises(TokenizerError, match="cannot be written as a tokenizer.json"):
+            train_tokenizer(texts, 320, tmp_path / name, normalization=name)
+        train_tokenizer(texts, 320, tmp_path / name, normalization=name, model_only=True)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"tokenizer.model", "manifest.json"}
+        assert json.loads((tmp_path / name / "manifest.json").read_text())["normalization"] == name
+        tokenizer = load_tokenizer(tmp_path / name)
+        assert tokenizer.decode(tokenizer.encode("ﾊﾞｽ Ａ① か\u3099 e\u0301")) == "バス A1 が é"
+        # The reason: the fast normalizer does not do what this model does.
+        charsmap = read_model_file(tmp_path / name / "tokenizer.model").normalizer.charsmap
+        assert tokenizers.normalizers.Precompiled(charsmap).normalize_str("ﾊﾞ") != "バ"
+    for wrong in ({"normalization": "NFC"}, {"model_type": "word"}):
+        with pytest.raises(TokenizerError, match="expected one of"):
+            train_tokenizer(texts, 320, tmp_path / "new", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_mixture_is_recorded(tmp_path: Path, english: list[str], japanese: list[str]) -> None:
+    mixture = TextMixture({"en": english, "ja": japanese}, {"en": 1, "ja": 1})
+    report = train_tokenizer(mixture, 450, tmp_path / "made", language="en,ja")
+    assert report.languages == json.loads((tmp_path / "made" / "manifest.json").read_text())["languages"]
+    assert report.languages["ja"]["share"] == 0.5
+    assert report.text_bytes < sum(len(line.encode()) for line in english + japanese)
