@@ -6,21 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
 from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.config.manifest import sha256_json
 from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer.base_model import read_base
 from megatron_cpt.tokenizer.choosing import Choice, lost_pieces
 from megatron_cpt.tokenizer.hf_files import write_hf_files
-from megatron_cpt.tokenizer.loading import SENTENCEPIECE_FILE, SentencePieceTokenizer, load_tokenizer
-from megatron_cpt.tokenizer.model_file import ModelFile, Piece, PieceType, without_prefix
+from megatron_cpt.tokenizer.loading import SENTENCEPIECE_FILE, load_tokenizer
+from megatron_cpt.tokenizer.model_file import ModelFile, Piece, PieceType
 from megatron_cpt.tokenizer.piece_list import offered_pieces
 from megatron_cpt.tokenizer.presegment import load_presegmenter
 from megatron_cpt.tokenizer.scripts import script_rule
 from megatron_cpt.tokenizer.training import train_model, write_tokenizer_manifest
-from megatron_cpt.tokenizer.vocab_map import VOCAB_MAP_FILE, Entry, VocabMap, kept_entries
+from megatron_cpt.tokenizer.vocab_map import VOCAB_MAP_FILE, map_vocabularies
 
 _EXAMPLES = 20
 
@@ -142,7 +140,7 @@ def extend_tokenizer(
         (folder / SENTENCEPIECE_FILE).write_bytes(data)
         if report.fast_file:
             write_hf_files(folder, old.path.parent)
-        _vocab_map(old, model, folder, [piece.text for piece in new]).save(folder / VOCAB_MAP_FILE)
+        map_vocabularies(old, load_tokenizer(folder)).save(folder / VOCAB_MAP_FILE)
         write_tokenizer_manifest(
             folder,
             {"base": old.sha256, "texts" if pieces is None else "pieces": offer.sha256},
@@ -213,10 +211,3 @@ def choose(
             "smaller divisor"
         )
     return choice
-
-
-def _vocab_map(old: SentencePieceTokenizer, model: ModelFile, folder: Path, new: Sequence[str]) -> VocabMap:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=without_prefix(model.data))
-    entries = [*kept_entries(old), *(Entry("new", None, tuple(ids)) for ids in processor.encode(list(new)))]
-    made = load_tokenizer(folder)
-    return VocabMap(old.vocab_size, made.vocab_size, old.sha256, made.sha256, tuple(entries))

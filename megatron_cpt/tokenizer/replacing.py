@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import sentencepiece
 
 from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer.base_model import read_base
 from megatron_cpt.tokenizer.hf_files import write_hf_files
-from megatron_cpt.tokenizer.loading import SENTENCEPIECE_FILE, SentencePieceTokenizer, load_tokenizer
-from megatron_cpt.tokenizer.model_file import ModelFile, Piece, PieceType, without_prefix
+from megatron_cpt.tokenizer.loading import SENTENCEPIECE_FILE, load_tokenizer
+from megatron_cpt.tokenizer.model_file import ModelFile, Piece, PieceType
 from megatron_cpt.tokenizer.presegment import load_presegmenter
 from megatron_cpt.tokenizer.training import languages_of, train_model, write_tokenizer_manifest
-from megatron_cpt.tokenizer.vocab_map import VOCAB_MAP_FILE, Entry, VocabMap, kept_entries
+from megatron_cpt.tokenizer.vocab_map import VOCAB_MAP_FILE, map_vocabularies
 
 _FIXED = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.BYTE)
 
@@ -108,15 +106,17 @@ def replace_tokenizer(
         piece for piece in trained.model.pieces if piece.type is PieceType.NORMAL and piece.text not in reserved_texts
     ]
     pieces = _placed(model, fixed, _rounded(offered, len(fixed), divisor))
-    entries = list(_entries(old, model, pieces))
+    old_ids = {piece.text: id for id, piece in enumerate(model.pieces)}
+    same = sum(old_ids.get(piece.text) == id for id, piece in enumerate(pieces))
+    shared = sum(piece.text in old_ids for piece in pieces)
     report = ReplaceReport(
         old_size=len(model.pieces),
         new_size=len(pieces),
         requested=vocab_size,
         num_kept=len(fixed),
-        num_shared=sum(entry.old_id == id for id, entry in enumerate(entries)) - len(fixed),
-        num_moved=sum(entry.old_id not in (id, None) for id, entry in enumerate(entries)),
-        num_new=sum(entry.origin == "new" for entry in entries),
+        num_shared=same - len(fixed),
+        num_moved=shared - same,
+        num_new=len(pieces) - shared,
         lines=trained.lines,
         text_bytes=trained.text_bytes,
         languages=languages_of(texts),
@@ -124,9 +124,7 @@ def replace_tokenizer(
     with new_folder(output, TokenizerError) as folder:
         (folder / SENTENCEPIECE_FILE).write_bytes(model.with_pieces(pieces))
         write_hf_files(folder, old.path.parent)
-        made = load_tokenizer(folder)
-        vocab_map = VocabMap(old.vocab_size, made.vocab_size, old.sha256, made.sha256, tuple(entries))
-        vocab_map.save(folder / VOCAB_MAP_FILE)
+        map_vocabularies(old, load_tokenizer(folder)).save(folder / VOCAB_MAP_FILE)
         write_tokenizer_manifest(
             folder,
             {"base": old.sha256, "texts": trained.text_sha256},
@@ -189,14 +187,3 @@ def _placed(model: ModelFile, fixed: dict[int, Piece], offered: Sequence[Piece])
             homeless.append(piece)
     left = iter(homeless)
     return [next(left) if piece is None else piece for piece in placed]
-
-
-def _entries(old: SentencePieceTokenizer, model: ModelFile, pieces: Sequence[Piece]) -> Iterator[Entry]:
-    """The map's entries for the pieces of the new vocabulary."""
-    kept = kept_entries(old)
-    old_ids = {piece.text: id for id, piece in enumerate(model.pieces)}
-    processor = sentencepiece.SentencePieceProcessor(model_proto=without_prefix(model.data))
-    cuts = processor.encode([piece.text for piece in pieces])
-    for piece, cut in zip(pieces, cuts, strict=True):
-        old_id = old_ids.get(piece.text)
-        yield Entry("new", None, tuple(cut)) if old_id is None else kept[old_id]
