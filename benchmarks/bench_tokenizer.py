@@ -7,14 +7,15 @@ tokenizer.model differ in ids or decoded text, and the shared pieces that are no
     python benchmarks/bench_tokenizer.py --base llama2 --source en=english.jsonl.gz --target ja=japanese.jsonl.gz \
         --target ko=korean.jsonl.gz --text de=german.jsonl.gz --output tokenizer.csv
 
-The corpora are trained on whole; the lines that are counted are the first `--lines` of each language that are
-held out by the hash of their work where `--held-out` is above 0, and drawn from the corpus otherwise.
+The lines that are counted are the first `--lines` of each language from the works that are held out of training
+by their hash (`--held-out` of them).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -114,6 +115,7 @@ def main() -> None:
                 folder, start = Path(made) / f"{language} +{args.pieces} script={script}", time.perf_counter()
                 extend_tokenizer(args.base, corpus, args.pieces, script, 8, folder, language)
                 rows += rows_of(folder, args.base, texts, source, time.perf_counter() - start)
+                print(folder.name, file=sys.stderr, flush=True)
         first = next(iter(targets))
         folder, start = Path(made) / f"{source}+{first} {args.vocab_size}", time.perf_counter()
         mixture = TextMixture({source: sources[source], first: targets[first]})

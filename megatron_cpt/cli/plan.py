@@ -67,6 +67,8 @@ def _plan_run(config: RunConfig) -> dict[str, Any]:
         # The most it can become: pieces that the base has already, and a rest of the divisor, are dropped.
         divisor = config.tokenizer.divisor
         vocab_size = (vocab_size + config.tokenizer.num_pieces) // divisor * divisor
+    elif config.tokenizer.method == "replace":
+        vocab_size = config.tokenizer.vocab_size or vocab_size
     jobs["adapt"] = _plan_learn("train", config.train, shape, vocab_size, config.vocab_divisor)
     if config.train.stages:
         data = config.training_data(os.path.join(config.output, "shards"))

@@ -241,12 +241,24 @@ class BaseModelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """How the base tokenizer is adapted to the target language."""
+    """How the base tokenizer is adapted to the target language.
 
-    method: Literal["extend", "none"] = "extend"
+    `extend` appends pieces of the target language; `replace` trains a vocabulary of both languages in which
+    the pieces that the base has keep their ids; `none` keeps the base's.
+    """
+
+    method: Literal["extend", "replace", "none"] = "extend"
+    divisor: Positive = 8  # the new size is a multiple of this, reached by dropping the last pieces
+    presegment: str = ""  # module:function or command that finds words no new piece may cross; empty: none
+    # extend
     num_pieces: Positive = 4096  # pieces of the target-language model that are offered
     script: Literal["ja", "ko", "de", "any"] = "ja"
-    divisor: Positive = 8  # the extended size is a multiple of this, reached by dropping the last pieces
+    scores: Literal["rank-tail", "own-rank"] = "rank-tail"  # below the base's, or each at its own rank
+    min_count: NonNegative = 0  # pieces used fewer times in the target text are left out
+    # replace
+    vocab_size: Positive | None = None  # None: as many as the base has
+    # Of the bytes trained on, the other share being the target's; None: all text as it is.
+    source_share: float | None = Field(default=None, gt=0.0, lt=1.0)
 
 
 class AdaptConfig(LearnConfig):

@@ -57,7 +57,7 @@ class Paths:
     @property
     def tokenizer(self) -> Path:
         """Folder of the tokenizer that is trained with."""
-        return self.root / "tokenizer" if self.config.tokenizer.method == "extend" else self.base_tokenizer
+        return self.base_tokenizer if self.config.tokenizer.method == "none" else self.root / "tokenizer"
 
     @property
     def surgery(self) -> Path:
@@ -67,7 +67,7 @@ class Paths:
     @property
     def operated_model(self) -> Path:
         """HF folder of the model that training begins with."""
-        return self.surgery / "hf" if self.config.tokenizer.method == "extend" else self.base_model
+        return self.base_model if self.config.tokenizer.method == "none" else self.surgery / "hf"
 
     @property
     def shards(self) -> Path:

@@ -27,10 +27,11 @@ from megatron_cpt.evaluation import certify, check_certificate, logit_parity
 from megatron_cpt.pipeline.corpus import Corpus, open_corpora, world_corpora
 from megatron_cpt.pipeline.measuring import Paths, tokenizer_facts, write_run_report
 from megatron_cpt.pipeline.steps import Steps
+from megatron_cpt.pipeline.vocabulary import adapt_tokenizer
 from megatron_cpt.reporting.report import REPORT_JSON, REPORT_MD
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.surgery import Tokenizers, apply_surgery, plan_surgery
-from megatron_cpt.tokenizer import VocabMap, extend_tokenizer, load_tokenizer, train_tokenizer
+from megatron_cpt.tokenizer import VocabMap, load_tokenizer, train_tokenizer
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.job import run_job
 
@@ -176,27 +177,18 @@ class Run:
         self.steps.add("base", title, settings, ("text", "base_tokenizer"), train, makes=makes, resumable=job_folder)
 
     def _adapt_tokenizer(self) -> None:
-        tokenizer, paths, target = self.config.tokenizer, self.paths, self.target
+        tokenizer, paths, source, target = self.config.tokenizer, self.paths, self.source, self.target
 
         def adapt() -> dict[str, Any]:
-            facts: dict[str, Any] = {}
-            if tokenizer.method == "extend":
-                facts["extension"] = dataclasses.asdict(
-                    extend_tokenizer(
-                        paths.base_tokenizer,
-                        (document.text for document in target.train()),
-                        tokenizer.num_pieces,
-                        tokenizer.script,
-                        tokenizer.divisor,
-                        paths.tokenizer,
-                        target.language,
-                    )
-                )
-            return {**facts, **tokenizer_facts(paths, self.source, target)}
+            facts = adapt_tokenizer(tokenizer, paths.base_tokenizer, source, target, paths.tokenizer)
+            return {**facts, **tokenizer_facts(paths, source, target)}
 
-        extend = tokenizer.method == "extend"
-        title = f"extend the tokenizer for {target.language}" if extend else "keep the base's tokenizer"
-        makes = (paths.tokenizer,) if extend else ()
+        title = {
+            "extend": f"extend the tokenizer for {target.language}",
+            "replace": f"replace the tokenizer by one of {source.language} and {target.language}",
+            "none": "keep the base's tokenizer",
+        }[tokenizer.method]
+        makes = () if tokenizer.method == "none" else (paths.tokenizer,)
         self.steps.add("tokenizer", title, tokenizer.model_dump(), ("text", "base_tokenizer"), adapt, makes=makes)
 
     def _surgery(self) -> None:

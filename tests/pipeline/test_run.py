@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_cpt.checkpoint import LlamaForward
 from megatron_cpt.cli.main import main
 from megatron_cpt.data.world import World
 from megatron_cpt.runtime.lock import lock_folder
-from megatron_cpt.tokenizer import load_tokenizer
+from megatron_cpt.tokenizer import VocabMap, load_tokenizer
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.metrics import read_metrics
 
@@ -206,19 +207,33 @@ def own_files_words(output: Path, own_files: dict[str, Path], *changes: str) -> 
 
 
 def test_own_files_on_an_existing_base(run: Path, own_files: dict[str, Path], tmp_path: Path) -> None:
-    """With and without extension, from the base model of the run above."""
+    """Extended, replaced and left alone, from the base model of the run above."""
     base = (f"base.path={run / 'base' / 'hf'}", "base.shape=null", "base.train=null")
     one = ("train.parallel.tensor_model_parallel_size=1", "train.num_processes=1", "train.train_steps=2")
     reports = {}
-    for method in ("extend", "none"):
+    for method in ("extend", "replace", "none"):
         output = tmp_path / method
-        assert main(own_files_words(output, own_files, *base, *one, f"tokenizer.method={method}")) == 0
+        size = ("tokenizer.vocab_size=1200", "tokenizer.source_share=0.4") if method == "replace" else ()
+        assert main(own_files_words(output, own_files, *base, *one, f"tokenizer.method={method}", *size)) == 0
         reports[method] = report_of(output)
     assert "probe" not in reports["none"]
     plain = reports["none"]["bits_per_byte"]["ja"]
     assert plain["after_surgery"] == plain["base"]
     sizes = {method: report["tokenizer"]["vocab_size"] for method, report in reports.items()}
     assert sizes["none"]["adapted"] == 600 < sizes["extend"]["adapted"]
+    assert sizes["replace"]["adapted"] == load_tokenizer(tmp_path / "replace" / "hf").vocab_size == 1200
+    assert reports["replace"]["tokenizer"]["fast_slow_mismatches"]["mismatches"] == 0
+    replaced = reports["replace"]["bits_per_byte"]["ja"]
+    assert replaced["after_surgery"] < replaced["base"], "a base that spells Japanese in bytes"
+    vocab_map = VocabMap.load(tmp_path / "replace" / "tokenizer")
+    kept = [id for id, entry in enumerate(vocab_map.entries) if entry.origin == "kept" and entry.old_id == id]
+    assert len(kept) > 100
+    old, new = (
+        load_file(folder / "model.safetensors")
+        for folder in (run / "base" / "hf", tmp_path / "replace" / "surgery" / "hf")
+    )
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(new[name][kept], old[name][kept])
     assert reports["extend"]["bits_per_byte"]["ja"]["base"] == plain["base"]
 
 
