@@ -79,3 +79,58 @@ def test_exit_codes(
         (broken / file.name).write_bytes(file.read_bytes())
     (broken / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
     assert main(["tokenizer", "verify", str(broken)]) == 1
+
+
+def test_two_languages(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train, replace and sweep, with corpora named by language."""
+    base, new = tmp_path / "base", tmp_path / "new"
+    ja = tmp_path / "ja.txt"
+    with gzip.open(files["ja.jsonl.gz"], "rt", encoding="utf-8") as file:
+        ja.write_text("\n".join(json.loads(line)["body"] for line in file), encoding="utf-8")
+    corpus = ["--corpus", f"en={files['en1.txt']}", f"en={files['en2.txt']}", f"ja={ja}"]
+    words = [*corpus, "--balance", "en=1,ja=3", "--vocab-size", 450, "--model-type", "unigram"]
+    made = run(capsys, "train", *words, "--output", tmp_path / "unigram", "--presegment", "builtins:str")
+    assert (
+        made["languages"]["ja"]["share"] == 0.75
+        and made["languages"]["en"]["taken"] < made["languages"]["en"]["available"]
+    )
+    assert json.loads((tmp_path / "unigram" / "manifest.json").read_text())["language"] == "en,ja"
+
+    run(capsys, "train", "--corpus", files["en1.txt"], "--vocab-size", 420, "--output", base, "--language", "en")
+    words = [base, *corpus, "--vocab-size", 480, "--balance", "ja=2", "--balance", "en=1"]
+    assert run(capsys, "replace", *words, "--output", new, "--dry-run")["old_size"] == 420
+    assert not new.exists()
+    made = run(capsys, "replace", *words, "--output", new)
+    assert made["new_size"] == load_tokenizer(new).vocab_size == 480 and made["num_moved"] == 0 < made["num_shared"]
+    assert run(capsys, "verify", new, "--text", ja)["mismatches"] == 0
+
+    words = [base, "--corpus", ja, "--sizes", "90,150,200", "--text", f"ja={ja}", f"en={files['en1.txt']}"]
+    swept = run(capsys, "sweep", *words)
+    assert [row["num_pieces"] for row in swept["rows"]] == [0, 90, 150, 200] and swept["knee"] in (90, 150)
+    lengths = [row["bytes_per_token"] for row in swept["rows"]]
+    assert lengths[0]["en"] == lengths[3]["en"] and lengths[0]["ja"] < lengths[1]["ja"] < lengths[3]["ja"]
+    assert main(["tokenizer", "sweep", *map(str, words)]) == 0
+    assert "suggested: " in capsys.readouterr().out
+
+
+def test_pieces_of_a_person(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pieces.txt").write_text("日\n本\n日本\n日本語\n", encoding="utf-8")
+    words = ["--pieces", tmp_path / "pieces.txt", "--divisor", 1]
+    made = run(capsys, "extend", base, *words, "--output", tmp_path / "new")
+    assert made["num_new"] == 3 and made["examples"] == {"unreachable": ["日本語"]}
+    (tmp_path / "pieces.txt").write_text("日\n本\n日\n", encoding="utf-8")
+    wrong: list[list[object]] = [
+        [*words, "--num-pieces", 3],
+        [*words, "--min-count", 3],
+        ["--num-pieces", 3],
+        ["--corpus", tmp_path / "pieces.txt"],
+        words,
+    ]
+    for more in wrong:
+        assert main(["tokenizer", "extend", str(base), *map(str, more), "--output", str(tmp_path / "none")]) == 2
+        assert capsys.readouterr().err.startswith("error:")
+    assert not (tmp_path / "none").exists()
+    text = ["--corpus", f"ja={tmp_path / 'pieces.txt'}", "--vocab-size", "400", "--output", str(tmp_path / "none")]
+    for more in (["--balance", "ja=much"], ["--balance", "en=1"], ["--normalization", "nfkc"]):
+        assert main(["tokenizer", "train", *text, *more]) == 2
+        assert capsys.readouterr().err.startswith("error:")
