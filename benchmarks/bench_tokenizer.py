@@ -33,7 +33,7 @@ from megatron_cpt.tokenizer import (
     replace_tokenizer,
     source_lines_changed,
 )
-from megatron_cpt.tokenizer.report import HARD_TEXTS
+from megatron_cpt.tokenizer.verify import HARD_TEXTS
 
 COLUMNS = ("tokenizer", "vocab_size", "seconds", "what", "language", "count", "lines", "bytes_per_token")
 

@@ -106,15 +106,7 @@ def extend_tokenizer(
     output = Path(output)
     check_free(output, TokenizerError)
     old, model = read_base(base)
-    if divisor < 1 or num_pieces < 1 or min_count < 0:
-        raise TokenizerError(
-            f"num_pieces is {num_pieces}, divisor {divisor} and min_count {min_count}: expected both to be at least 1, "
-            "and min_count at least 0"
-        )
-    if min_count and iter(texts) is texts:
-        raise TypeError("min_count needs texts that can be read twice: give a list or an object that begins again")
-    script_rule(script)  # an unknown script is refused before the training
-    Choice(model, (), scores)  # and so are unknown scores
+    _check_options(model, texts, num_pieces, script, divisor, scores, min_count)
     if pieces is None:
         offer = train_offer(model, texts, num_pieces, character_coverage, presegment)
     else:
@@ -156,6 +148,21 @@ def extend_tokenizer(
             language=language,
         )
     return report
+
+
+def _check_options(
+    model: ModelFile, texts: Iterable[str], num_pieces: int, script: str, divisor: int, scores: str, min_count: int
+) -> None:
+    """Refuse what cannot be meant before the training, which takes long."""
+    if divisor < 1 or num_pieces < 1 or min_count < 0:
+        raise TokenizerError(
+            f"num_pieces is {num_pieces}, divisor {divisor} and min_count {min_count}: expected the first two to be at "
+            "least 1 and min_count at least 0"
+        )
+    if min_count and iter(texts) is texts:
+        raise TypeError("min_count needs texts that can be read twice: give a list or an object that begins again")
+    script_rule(script)
+    Choice(model, (), scores)
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,7 @@ def replace_tokenizer(
         character_coverage,
         presegmenter=load_presegmenter(presegment) if presegment else None,
     )
-    reserved_texts = {piece.text for piece in fixed.values()}  # the base may have more of them than the trainer knows
-    offered = [
-        piece for piece in trained.model.pieces if piece.type is PieceType.NORMAL and piece.text not in reserved_texts
-    ]
+    offered = _offered(trained.model, fixed)
     pieces = _placed(model, fixed, _rounded(offered, len(fixed), divisor))
     old_ids = {piece.text: id for id, piece in enumerate(model.pieces)}
     same = sum(old_ids.get(piece.text) == id for id, piece in enumerate(pieces))
@@ -152,6 +149,12 @@ def _check_size(vocab_size: int, divisor: int, fixed: dict[int, Piece]) -> None:
         raise TokenizerError(
             f"vocab_size is {vocab_size}, expected more than {least}: the base's special and byte pieces keep their ids"
         )
+
+
+def _offered(trained: ModelFile, fixed: dict[int, Piece]) -> list[Piece]:
+    """The trained pieces that are text: the base may have more special pieces than the trainer knows."""
+    special = {piece.text for piece in fixed.values()}
+    return [piece for piece in trained.pieces if piece.type is PieceType.NORMAL and piece.text not in special]
 
 
 def _rounded(offered: Sequence[Piece], num_fixed: int, divisor: int) -> list[Piece]:

@@ -12,7 +12,7 @@ import tokenizers
 from megatron_cpt.data import _native
 from megatron_cpt.data.encoder import open_encoder
 from megatron_cpt.tokenizer import extend_tokenizer, load_tokenizer
-from megatron_cpt.tokenizer.report import HARD_TEXTS
+from megatron_cpt.tokenizer.verify import HARD_TEXTS
 
 SPACES = (" ", "  ", "\u2581", "\t", "\r\n", "\u3000", "\u00a0", "\u2028", "\ufeff", "\x00")
 PARTS = (

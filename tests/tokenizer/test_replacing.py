@@ -18,8 +18,8 @@ from megatron_cpt.tokenizer import (
     verify_tokenizer,
 )
 from megatron_cpt.tokenizer.model_file import PieceType, parse_model, read_model_file, without_prefix
-from megatron_cpt.tokenizer.report import HARD_TEXTS
 from megatron_cpt.tokenizer.training import train_model
+from megatron_cpt.tokenizer.verify import HARD_TEXTS
 
 
 @pytest.fixture(scope="module")

@@ -105,18 +105,12 @@ def extend(
     as_json: JsonOption = False,
 ) -> None:
     """Append pieces of a target language; text without its script is cut exactly as before."""
-    from megatron_cpt.errors import InputError
     from megatron_cpt.tokenizer import extend_tokenizer, load_tokenizer, read_piece_list
 
     language = language or ("" if script == "any" else script)
     files = corpora_of([*(corpus or ()), *(more or ())], language)
     listed = None if pieces is None else read_piece_list(pieces)
-    if listed is None and not (files and num_pieces):
-        raise InputError("got no pieces to offer: give --corpus FILE and --num-pieces N, or --pieces FILE")
-    if listed is not None and (num_pieces or (min_count and not files)):
-        raise InputError(
-            "--pieces offers its own number of pieces: leave --num-pieces out, and give --corpus with --min-count"
-        )
+    _check_offer(listed is not None, bool(files), num_pieces, min_count)
     num_pieces = num_pieces or 1
     if dry_run:
         old_size = load_tokenizer(base_model).vocab_size
@@ -176,6 +170,17 @@ def replace(
             presegment=presegment,
         )
     emit({"output": str(output), **asdict(report)}, as_json, show_facts)
+
+
+def _check_offer(listed: bool, has_corpus: bool, num_pieces: int | None, min_count: int) -> None:
+    from megatron_cpt.errors import InputError
+
+    if not listed and not (has_corpus and num_pieces):
+        raise InputError("got no pieces to offer: give --corpus FILE and --num-pieces N, or --pieces FILE")
+    if listed and (num_pieces or (min_count and not has_corpus)):
+        raise InputError(
+            "--pieces offers its own number of pieces: leave --num-pieces out, and give --corpus with --min-count"
+        )
 
 
 def _named(files: dict[str, list[Path]]) -> str:
