@@ -134,3 +134,22 @@ def test_pieces_of_a_person(base: Path, tmp_path: Path, capsys: pytest.CaptureFi
     for more in (["--balance", "ja=much"], ["--balance", "en=1"], ["--normalization", "nfkc"]):
         assert main(["tokenizer", "train", *text, *more]) == 2
         assert capsys.readouterr().err.startswith("error:")
+
+
+def test_a_byte_level_base(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The family of the base decides how it is extended and replaced."""
+    english, base = files["en1.txt"], tmp_path / "base"
+    words = ["--corpus", f"en={english}", "--vocab-size", 400, "--output", base]
+    run(capsys, "train", *words, "--model-type", "byte-level")
+    ja = ["--corpus", f"ja={files['ja.jsonl.gz']}", "--text-field", "body"]
+    made = run(capsys, "extend", base, *ja, "--num-pieces", 100, "--output", tmp_path / "new")
+    assert made["new_size"] == load_tokenizer(tmp_path / "new").vocab_size > made["old_size"] == 400
+    made = run(capsys, "replace", base, *words[:2], "--vocab-size", 408, "--output", tmp_path / "same")
+    assert made["new_size"] == 408 and made["num_shared"] > 100
+    for option in (["--scores", "own-rank"], ["--presegment", "cat"]):
+        more = [*map(str, ja), "--num-pieces", "50", "--output", str(tmp_path / "none"), *option]
+        assert main(["tokenizer", "extend", str(base), *more]) == 2
+        assert "has no meaning" in capsys.readouterr().err
+    more = ["--model-type", "byte-level", "--presegment", "cat", "--output", str(tmp_path / "none")]
+    assert main(["tokenizer", "train", *map(str, words[:4]), *more]) == 2
+    assert "for SentencePiece models" in capsys.readouterr().err

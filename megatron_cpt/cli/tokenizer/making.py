@@ -23,7 +23,9 @@ from megatron_cpt.cli.tokenizer.texts import TextField, read_texts, show_facts
 
 Output = Annotated[Path, typer.Option(help="Folder to write: new or empty.")]
 Language = Annotated[str, typer.Option(help="Short name of the language, such as ja, for the manifest.")]
-BaseModel = Annotated[Path, typer.Argument(help="Folder with tokenizer.model, or that file.")]
+BaseModel = Annotated[
+    Path, typer.Argument(help="Folder with tokenizer.model or (byte-level) tokenizer.json, or that file.")
+]
 Divisor = Annotated[int, typer.Option(min=1, help="The new size is a multiple of this.")]
 Script = Annotated[str, typer.Option(help="Which pieces to take: ja, ko, de or any.")]
 Scores = Annotated[
@@ -41,7 +43,7 @@ def train(
     output: Output,
     more: MoreCorpus = None,
     language: Language = "",
-    model_type: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
+    model_type: Annotated[str, typer.Option(help="bpe, unigram, or byte-level (BPE as Llama 3's).")] = "bpe",
     balance: Balance = None,
     max_bytes: MaxBytes = None,
     character_coverage: Coverage = 0.9995,
@@ -54,25 +56,31 @@ def train(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a Llama-like SentencePiece tokenizer (byte fallback, single digits) on one or more languages."""
+    """Train a Llama-like tokenizer on one or more languages: SentencePiece, or byte-level BPE."""
     from megatron_cpt.tokenizer import train_tokenizer
+    from megatron_cpt.tokenizer.byte_level import train_byte_level
 
     files = corpora_of([*corpus, *(more or ())], language)
     if dry_run:
         _say_plan(files, text_field, output, as_json, vocab_size=vocab_size)
         return
     with progress(f"Training {output}") as advance:
-        report = train_tokenizer(
-            corpus_texts(files, text_field, balance, max_bytes, advance),
-            vocab_size,
-            output,
-            character_coverage=character_coverage,
-            language=_named(files),
-            model_type=model_type,
-            normalization=normalization,
-            model_only=model_only,
-            presegment=presegment,
-        )
+        texts = corpus_texts(files, text_field, balance, max_bytes, advance)
+        if model_type == "byte-level":
+            _refuse_for_bytes(normalization != "identity", model_only, bool(presegment))
+            report = train_byte_level(texts, vocab_size, output, language=_named(files))
+        else:
+            report = train_tokenizer(
+                texts,
+                vocab_size,
+                output,
+                character_coverage=character_coverage,
+                language=_named(files),
+                model_type=model_type,
+                normalization=normalization,
+                model_only=model_only,
+                presegment=presegment,
+            )
     emit({"output": str(output), **asdict(report)}, as_json, show_facts)
 
 
@@ -92,7 +100,12 @@ def extend(
     script: Script = "ja",
     scores: Scores = "rank-tail",
     min_count: Annotated[
-        int, typer.Option(min=0, help="Leave out pieces that the extended tokenizer uses fewer times in the corpus.")
+        int,
+        typer.Option(
+            min=0,
+            help="Leave out pieces that the extended tokenizer uses fewer times in the corpus (byte-level: pairs that "
+            "come up fewer times).",
+        ),
     ] = 0,
     divisor: Divisor = 8,
     language: Annotated[str, typer.Option(help="Short name of the language; by default that of the script.")] = "",
@@ -105,7 +118,7 @@ def extend(
     as_json: JsonOption = False,
 ) -> None:
     """Append pieces of a target language; text without its script is cut exactly as before."""
-    from megatron_cpt.tokenizer import extend_tokenizer, load_tokenizer, read_piece_list
+    from megatron_cpt.tokenizer import extend_base, load_tokenizer, read_piece_list
 
     language = language or ("" if script == "any" else script)
     files = corpora_of([*(corpus or ()), *(more or ())], language)
@@ -118,7 +131,7 @@ def extend(
         _say_plan(files, text_field, output, as_json, old_size=old_size, num_pieces=offered, script=script)
         return
     with progress(f"Extending {base_model}") as advance:
-        report = extend_tokenizer(
+        report = extend_base(
             base_model,
             corpus_texts(files, text_field, balance, max_bytes, advance) if files else (),
             num_pieces,
@@ -151,7 +164,7 @@ def replace(
     as_json: JsonOption = False,
 ) -> None:
     """Train a vocabulary of several languages in which every piece the base has keeps the base's id."""
-    from megatron_cpt.tokenizer import load_tokenizer, replace_tokenizer
+    from megatron_cpt.tokenizer import load_tokenizer, replace_base
 
     files = corpora_of([*corpus, *(more or ())], "")
     if dry_run:
@@ -159,7 +172,7 @@ def replace(
         _say_plan(files, text_field, output, as_json, old_size=old_size, vocab_size=vocab_size)
         return
     with progress(f"Replacing {base_model}") as advance:
-        report = replace_tokenizer(
+        report = replace_base(
             base_model,
             corpus_texts(files, text_field, balance, max_bytes, advance),
             vocab_size,
@@ -170,6 +183,16 @@ def replace(
             presegment=presegment,
         )
     emit({"output": str(output), **asdict(report)}, as_json, show_facts)
+
+
+def _refuse_for_bytes(normalization: bool, model_only: bool, presegment: bool) -> None:
+    from megatron_cpt.errors import InputError
+
+    if normalization or model_only or presegment:
+        raise InputError(
+            "--normalization, --model-only and --presegment are for SentencePiece models: leave them out with "
+            "--model-type byte-level"
+        )
 
 
 def _check_offer(listed: bool, has_corpus: bool, num_pieces: int | None, min_count: int) -> None:

@@ -15,7 +15,7 @@ from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer.byte_alphabet import CHARACTERS
 from megatron_cpt.tokenizer.byte_level.json_model import write_folder
 from megatron_cpt.tokenizer.byte_level.words import Texts
-from megatron_cpt.tokenizer.training import TrainReport, write_tokenizer_manifest
+from megatron_cpt.tokenizer.training import TrainReport, languages_of, write_tokenizer_manifest
 
 # How Llama 3 cuts a text into words.
 WORDS = (
@@ -65,7 +65,7 @@ def train_byte_level(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, made.token_to_id(bos))]
     )
     made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
-    report = TrainReport(made.get_vocab_size(), vocab_size, read.lines, read.bytes)
+    report = TrainReport(made.get_vocab_size(), vocab_size, read.lines, read.bytes, languages_of(texts))
     with new_folder(output, TokenizerError) as folder:
         named = {"bos_token": bos, "eos_token": specials[1]}
         write_folder(folder, json.loads(made.to_str()), None, named)
