@@ -35,6 +35,14 @@ Scores = Annotated[
         "base's languages), or zero (a control, without tokenizer.json)."
     ),
 ]
+MinCount = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Leave out pieces that the extended tokenizer uses fewer times in the corpus (byte-level: pairs that "
+        "come up fewer times).",
+    ),
+]
 
 
 def train(
@@ -99,14 +107,7 @@ def extend(
     ] = None,
     script: Script = "ja",
     scores: Scores = "rank-tail",
-    min_count: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Leave out pieces that the extended tokenizer uses fewer times in the corpus (byte-level: pairs that "
-            "come up fewer times).",
-        ),
-    ] = 0,
+    min_count: MinCount = 0,
     divisor: Divisor = 8,
     language: Annotated[str, typer.Option(help="Short name of the language; by default that of the script.")] = "",
     balance: Balance = None,
