@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <stdexcept>
-#include <unordered_map>
 #include <unordered_set>
 
+#include "flat_map.hpp"
 #include "normalizer.hpp"
 #include "utf8.hpp"
 
@@ -18,12 +18,43 @@ constexpr char32_t kSpace = 0x2581;
 constexpr std::size_t kLowCharacters = 0x10000;
 constexpr int kBitsPerJoin = 16;  // in the table of pairs: about 6 % of those that never join are taken for joins
 
-std::u32string characters_of(std::string_view text) {
-  std::u32string characters;
-  const char* at = text.data();
-  while (at < text.data() + text.size()) characters.push_back(utf8::decode(at));
-  return characters;
-}
+// Which stretches of a text are pieces of several characters: by hashes of all of its prefixes, from which those of
+// all stretches follow.
+class TextTable {
+ public:
+  explicit TextTable(std::size_t texts) : texts_(texts), symbols_(texts) {}
+
+  // Throws std::invalid_argument where another text has the same hash.
+  void add(std::u32string_view text, Symbol symbol) {
+    look_into(text);
+    texts_[symbol] = text;
+    if (symbols_.put(prefixes_.back(), symbol) != symbol) throw std::invalid_argument("two of its pieces have one hash");
+  }
+
+  // Sets the text that `find` speaks of.
+  void look_into(std::u32string_view text) {
+    text_ = text;
+    prefixes_.assign(1, 0);
+    for (const char32_t code : text) prefixes_.push_back(prefixes_.back() * kFactor + code + 1);
+    while (powers_.size() < prefixes_.size()) powers_.push_back(powers_.back() * kFactor);
+  }
+
+  // The symbol of the stretch between two places; kNoSymbol where it is not a piece.
+  Symbol find(std::size_t from, std::size_t to) const {
+    const Symbol symbol = symbols_.find(prefixes_[to] - prefixes_[from] * powers_[to - from]);
+    return symbol != FlatMap::kNone && texts_[symbol] == text_.substr(from, to - from) ? symbol : kNoSymbol;
+  }
+
+ private:
+  static constexpr std::uint64_t kFactor = 0xd1342543de82ef95u;
+  static_assert(FlatMap::kNone == kNoSymbol);
+
+  std::vector<std::u32string_view> texts_;  // of the symbols
+  FlatMap symbols_;                         // by hash
+  std::u32string_view text_;
+  std::vector<std::uint64_t> prefixes_;     // hashes, that of the empty one first
+  std::vector<std::uint64_t> powers_{1};
+};
 
 unsigned log2_above(std::size_t count) {
   unsigned bits = 6;
@@ -48,7 +79,8 @@ BpeTables::BpeTables(const std::vector<Piece>& pieces, bool byte_fallback, bool 
       pages_(0x1100, 0), merges_({}) {
   high_.emplace_back().fill(kNoSymbol);
   read_specials(pieces, escape_whitespaces);
-  const std::vector<Entry> entries = read_entries(pieces, escape_whitespaces);
+  std::u32string characters;
+  const std::vector<Entry> entries = read_entries(pieces, escape_whitespaces, characters);
   const auto is_long = [](const Entry& entry) { return entry.text.size() > 1; };
   const auto long_entries = static_cast<std::size_t>(std::count_if(entries.begin(), entries.end(), is_long));
   first_character_ = static_cast<Symbol>(long_entries);
@@ -68,7 +100,7 @@ BpeTables::BpeTables(const std::vector<Piece>& pieces, bool byte_fallback, bool 
 
 void BpeTables::read_specials(const std::vector<Piece>& pieces, bool escape_whitespaces) {
   std::unordered_set<std::string_view> reserved;
-  std::unordered_set<std::string_view> spelt;
+  std::unordered_set<std::string_view> spelt(pieces.size());
   for (std::size_t id = 0; id < pieces.size(); ++id) {
     const Piece& piece = pieces[id];
     if (!utf8::valid(piece.text)) throw std::invalid_argument("a piece is not valid UTF-8");
@@ -90,27 +122,39 @@ void BpeTables::read_specials(const std::vector<Piece>& pieces, bool escape_whit
     }
   }
   if (unknown_ == kNoSymbol) throw std::invalid_argument("it has no unknown piece");
-  for (const Piece& piece : pieces) {
-    if (reserved.count(piece.text) && (spelt.count(piece.text) || utf8::count(piece.text) == 1)) {
-      throw std::invalid_argument("text can spell its control piece " + piece.text);
+  for (const std::string_view text : reserved) {
+    if (spelt.count(text) || utf8::count(text) == 1) {
+      throw std::invalid_argument("text can spell its control piece " + std::string(text));
     }
   }
 }
 
-std::vector<BpeTables::Entry> BpeTables::read_entries(const std::vector<Piece>& pieces, bool escape_whitespaces) const {
+std::vector<BpeTables::Entry> BpeTables::read_entries(const std::vector<Piece>& pieces, bool escape_whitespaces,
+                                                      std::u32string& characters) const {
+  std::size_t bytes = 0;
+  for (const Piece& piece : pieces) bytes += piece.text.size();
+  characters.reserve(bytes);  // so that it never moves
   std::vector<Entry> entries;
+  entries.reserve(pieces.size());
   for (std::size_t id = 0; id < pieces.size(); ++id) {
     const Piece& piece = pieces[id];
     if (!is_text(piece.type)) continue;
     if (escape_whitespaces && piece.text.find(' ') != std::string::npos) continue;  // never met, as above
     if (!std::isfinite(piece.score)) throw std::invalid_argument("the score of a piece is not a number");
-    entries.push_back({static_cast<std::uint32_t>(id), characters_of(piece.text), piece.type, piece.score});
+    const std::size_t start = characters.size();
+    const char* at = piece.text.data();
+    while (at < piece.text.data() + piece.text.size()) characters.push_back(utf8::decode(at));
+    const std::u32string_view text(characters.data() + start, characters.size() - start);
+    entries.push_back({static_cast<std::uint32_t>(id), text, piece.type, piece.score});
   }
-  std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+  const auto before = [](const Entry& a, const Entry& b) {
     const bool a_long = a.text.size() > 1;
     const bool b_long = b.text.size() > 1;
     return a_long != b_long ? a_long : a_long && a.score > b.score;
-  });
+  };
+  if (!std::is_sorted(entries.begin(), entries.end(), before)) {
+    std::stable_sort(entries.begin(), entries.end(), before);
+  }
   return entries;
 }
 
@@ -139,49 +183,45 @@ void BpeTables::add_ranks(const std::vector<Entry>& entries, std::size_t long_en
   }
 }
 
-std::vector<Merge> BpeTables::all_merges(const std::vector<Entry>& entries, std::size_t long_entries) const {
-  std::unordered_map<std::u32string_view, Symbol> known;
-  for (std::size_t k = 0; k < long_entries; ++k) known.emplace(entries[k].text, static_cast<Symbol>(k));
-  const auto find = [&](std::u32string_view text) {
-    if (text.size() == 1) return character(text[0]);
-    const auto found = known.find(text);
-    return found == known.end() ? kNoSymbol : found->second;
-  };
-  std::vector<Merge> merges;
-  for (std::size_t k = 0; k < long_entries; ++k) {
-    const std::u32string_view text = entries[k].text;
-    for (std::size_t cut = 1; cut < text.size(); ++cut) {
-      const Symbol left = find(text.substr(0, cut));
-      const Symbol right = find(text.substr(cut));
-      if (left != kNoSymbol && right != kNoSymbol) merges.push_back({left, right, static_cast<Symbol>(k)});
-    }
-  }
-  return merges;
-}
-
 // The one merge that makes each piece. Merging treats a stretch of text the same way whatever stands around it,
 // until something is merged across its ends; so a piece always comes about as when its text stands alone, by the
 // same last merge. Every other way to put it together never happens, and a piece that is not reached never appears.
 std::vector<Merge> BpeTables::last_merges(const std::vector<Entry>& entries, std::size_t long_entries) const {
-  const MergeTable all(all_merges(entries, long_entries));
+  TextTable known(long_entries);
+  for (std::size_t k = 0; k < long_entries; ++k) known.add(entries[k].text, static_cast<Symbol>(k));
   std::vector<Merge> merges;
+  merges.reserve(long_entries);
+  std::vector<std::size_t> starts;  // of the symbols in the text, and its end
   std::vector<Symbol> symbols;
+  std::vector<Symbol> pairs;  // what each symbol and the next become: the piece with the text of both, if there is one
   for (std::size_t k = 0; k < long_entries; ++k) {
+    const std::u32string_view text = entries[k].text;
+    known.look_into(text);
     symbols.clear();
-    for (const char32_t code : entries[k].text) symbols.push_back(character(code));
-    while (symbols.size() > 1) {
+    pairs.clear();
+    starts.clear();
+    for (std::size_t at = 0; at < text.size(); ++at) {
+      symbols.push_back(character(text[at]));
+      starts.push_back(at);
+      if (at > 0) pairs.push_back(known.find(at - 1, at + 1));
+    }
+    starts.push_back(text.size());
+    while (!pairs.empty()) {
       std::size_t best = 0;
-      Symbol merged = kNoSymbol;
-      for (std::size_t at = 0; at + 1 < symbols.size(); ++at) {
-        const Symbol pair = all.find(symbols[at], symbols[at + 1]);
-        if (pair == kNoSymbol || (merged != kNoSymbol && rank(pair) >= rank(merged))) continue;
-        merged = pair;
-        best = at;
+      for (std::size_t at = 1; at < pairs.size(); ++at) {
+        if (pairs[at] == kNoSymbol) continue;
+        if (pairs[best] == kNoSymbol || rank(pairs[at]) < rank(pairs[best])) best = at;
       }
+      const Symbol merged = pairs[best];
       if (merged == kNoSymbol) break;
       if (merged == k) merges.push_back({symbols[0], symbols[1], merged});
+      const auto behind = static_cast<std::ptrdiff_t>(best + 1);
       symbols[best] = merged;
-      symbols.erase(symbols.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+      symbols.erase(symbols.begin() + behind);
+      starts.erase(starts.begin() + behind);
+      pairs.erase(pairs.begin() + behind - 1);
+      if (best > 0) pairs[best - 1] = known.find(starts[best - 1], starts[best + 1]);
+      if (best < pairs.size()) pairs[best] = known.find(starts[best], starts[best + 2]);
     }
   }
   return merges;
@@ -189,11 +229,11 @@ std::vector<Merge> BpeTables::last_merges(const std::vector<Entry>& entries, std
 
 void BpeTables::fill_joins(const std::vector<Entry>& entries, const std::vector<Merge>& merges) {
   const auto as_cut = [&](char32_t code) { return code == kSpace && low_[U' '] == low_[kSpace] ? U' ' : code; };
-  std::unordered_set<std::uint64_t> hashes;
+  FlatMap hashes;
   for (const Merge& merge : merges) {
-    const std::u32string& text = entries[merge.merged].text;
+    const std::u32string_view text = entries[merge.merged].text;
     for (std::size_t at = 1; at < text.size(); ++at) {
-      hashes.insert(MergeTable::hash(character(text[at - 1]), character(text[at])));
+      hashes.put(MergeTable::hash(character(text[at - 1]), character(text[at])), 0);
       const char32_t left = as_cut(text[at - 1]);
       const char32_t right = as_cut(text[at]);
       if (left < 128 && right < 128) ascii_joins_[left][right >> 6] |= std::uint64_t{1} << (right & 63);
@@ -202,10 +242,10 @@ void BpeTables::fill_joins(const std::vector<Entry>& entries, const std::vector<
   const unsigned bits = log2_above(hashes.size() * kBitsPerJoin);
   joins_.assign((std::size_t{1} << bits) / 64, 0);
   join_shift_ = 64 - bits;
-  for (const std::uint64_t hash : hashes) {
+  hashes.for_each_key([this](std::uint64_t hash) {
     const std::uint64_t bit = hash >> join_shift_;
     joins_[bit >> 6] |= std::uint64_t{1} << (bit & 63);
-  }
+  });
 }
 
 void BpeTables::write_tokens(const std::vector<Piece>& pieces, const std::vector<Entry>& entries,

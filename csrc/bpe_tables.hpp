@@ -64,15 +64,16 @@ class BpeTables {
  private:
   struct Entry {
     std::uint32_t id;
-    std::u32string text;
+    std::u32string_view text;
     PieceType type;
     float score;
   };
   void read_specials(const std::vector<Piece>& pieces, bool escape_whitespaces);
-  std::vector<Entry> read_entries(const std::vector<Piece>& pieces, bool escape_whitespaces) const;
+  // The characters of the texts are put into `characters`.
+  std::vector<Entry> read_entries(const std::vector<Piece>& pieces, bool escape_whitespaces,
+                                  std::u32string& characters) const;
   void add_character(char32_t code);
   void add_ranks(const std::vector<Entry>& entries, std::size_t long_entries);
-  std::vector<Merge> all_merges(const std::vector<Entry>& entries, std::size_t long_entries) const;
   std::vector<Merge> last_merges(const std::vector<Entry>& entries, std::size_t long_entries) const;
   void fill_joins(const std::vector<Entry>& entries, const std::vector<Merge>& merges);
   void write_tokens(const std::vector<Piece>& pieces, const std::vector<Entry>& entries,
