@@ -11,8 +11,10 @@
 #include <utility>
 #include <vector>
 
+#include "bind_tokens.hpp"
 #include "bindings.hpp"
 #include "order.hpp"
+#include "packing.hpp"
 #include "stage_order.hpp"
 
 namespace py = pybind11;
@@ -53,37 +55,18 @@ Int64s counts_of(const cpt::StageOrder& order, std::int64_t samples) {
   return Int64s(static_cast<py::ssize_t>(counts.size()), counts.data());
 }
 
-template <typename Token>
-void copy_tokens(const void* stream, std::int64_t first, std::int64_t length, std::int64_t vocab_size,
-                 std::int64_t* out) {
-  const Token* in = static_cast<const Token*>(stream) + first;
-  for (std::int64_t k = 0; k < length; ++k) {
-    const auto token = static_cast<std::int64_t>(in[k]);
-    if (token < 0 || token >= vocab_size)
-      throw std::range_error("token id " + std::to_string(token) + " at token " + std::to_string(first + k));
-    out[k] = token;
-  }
-}
-
 // Tokens first..first+length-1 of a stream as int64, and where documents start among them.
 std::pair<Int64s, Int64s> gather(const py::array& stream, const Int64s& starts, std::int64_t first,
                                  std::int64_t length, std::int64_t vocab_size) {
-  if (stream.ndim() != 1 || !(stream.flags() & py::array::c_style))
-    throw std::invalid_argument("the token stream must be one contiguous row");
-  if (first < 0 || length < 0 || first > stream.size() - length)
+  const cpt::TokenStream source(stream);
+  if (first < 0 || length < 0 || first > source.size() - length)
     throw std::out_of_range("tokens " + std::to_string(first) + " to " + std::to_string(first + length) +
-                            " of a stream of " + std::to_string(stream.size()));
+                            " of a stream of " + std::to_string(source.size()));
   Int64s tokens(length);
   std::int64_t* out = tokens.mutable_data();
-  const char kind = stream.dtype().kind();
-  const py::ssize_t width = stream.itemsize();
-  if (kind == 'u' && width == 2) copy_tokens<std::uint16_t>(stream.data(), first, length, vocab_size, out);
-  else if (kind == 'i' && width == 4) copy_tokens<std::int32_t>(stream.data(), first, length, vocab_size, out);
-  else if (kind == 'u' && width == 1) copy_tokens<std::uint8_t>(stream.data(), first, length, vocab_size, out);
-  else if (kind == 'i' && width == 1) copy_tokens<std::int8_t>(stream.data(), first, length, vocab_size, out);
-  else if (kind == 'i' && width == 2) copy_tokens<std::int16_t>(stream.data(), first, length, vocab_size, out);
-  else if (kind == 'i' && width == 8) copy_tokens<std::int64_t>(stream.data(), first, length, vocab_size, out);
-  else throw std::invalid_argument("the token stream holds no integer type of the format");
+  source.visit([&](const auto* in) {
+    for (std::int64_t k = 0; k < length; ++k) out[k] = cpt::checked_token(in, first + k, vocab_size);
+  });
 
   const std::int64_t* begin = starts.data();
   const std::int64_t* end = begin + starts.size();

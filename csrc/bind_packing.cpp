@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind_tokens.hpp"
 #include "bindings.hpp"
 #include "mcore_indices.hpp"
 #include "packing.hpp"
@@ -35,68 +36,40 @@ Array owned(std::vector<typename Array::value_type>&& values) {
   return Array(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
 }
 
-// What `sample` reads: raw pointers, so that it can work without Python.
-struct Source {
-  const void* stream;
-  std::int64_t tokens;
-  char kind;
-  py::ssize_t width;
-  const std::int64_t* starts;
-  const std::int64_t* starts_end;
-};
-
-void check_pieces(const Source& source, const Int64s& firsts, const Int32s& counts, std::int64_t seq_length) {
+void check_pieces(std::int64_t stream_tokens, const Int64s& firsts, const Int32s& counts, std::int64_t seq_length) {
   if (firsts.size() != counts.size()) throw std::invalid_argument("firsts and counts differ in length");
   std::int64_t total = 0;
   for (py::ssize_t k = 0; k < firsts.size(); ++k) {
     const std::int64_t first = firsts.at(k);
     const std::int64_t count = counts.at(k);
     total += count;
-    if (first < 0 || count < 1 || first >= source.tokens - count || total > seq_length)
+    if (first < 0 || count < 1 || first >= stream_tokens - count || total > seq_length)
       throw std::out_of_range("predictions " + std::to_string(first) + " to " + std::to_string(first + count) +
-                              " of a stream of " + std::to_string(source.tokens) + " tokens, " +
+                              " of a stream of " + std::to_string(stream_tokens) + " tokens, " +
                               std::to_string(total) + " of " + std::to_string(seq_length) + " in the sample");
   }
-}
-
-template <typename Token>
-void write_pieces(const Source& source, const Int64s& firsts, const Int32s& counts, cpt::SampleWriter& writer) {
-  const auto* stream = static_cast<const Token*>(source.stream);
-  for (py::ssize_t k = 0; k < firsts.size(); ++k) {
-    const std::int64_t first = firsts.data()[k];
-    writer.add(stream, first, counts.data()[k], std::upper_bound(source.starts, source.starts_end, first),
-               source.starts_end);
-  }
-}
-
-void write_sample(const Source& source, const Int64s& firsts, const Int32s& counts, cpt::SampleWriter& writer) {
-  const auto is = [&](char kind, py::ssize_t width) { return source.kind == kind && source.width == width; };
-  if (is('u', 2)) write_pieces<std::uint16_t>(source, firsts, counts, writer);
-  else if (is('i', 4)) write_pieces<std::int32_t>(source, firsts, counts, writer);
-  else if (is('u', 1)) write_pieces<std::uint8_t>(source, firsts, counts, writer);
-  else if (is('i', 1)) write_pieces<std::int8_t>(source, firsts, counts, writer);
-  else if (is('i', 2)) write_pieces<std::int16_t>(source, firsts, counts, writer);
-  else if (is('i', 8)) write_pieces<std::int64_t>(source, firsts, counts, writer);
-  else throw std::invalid_argument("the token stream holds no integer type of the format");
-  writer.pad();
 }
 
 // One sample of seq_length positions out of pieces of a stream: (tokens, labels, where stretches begin).
 py::tuple sample(const py::array& stream, const Int64s& document_starts, const Int64s& firsts, const Int32s& counts,
                  std::int64_t seq_length, std::int64_t vocab_size) {
   require_length(seq_length);
-  if (stream.ndim() != 1 || !(stream.flags() & py::array::c_style))
-    throw std::invalid_argument("the token stream must be one contiguous row");
-  const Source source{stream.data(),         stream.size(),
-                      stream.dtype().kind(), stream.itemsize(),
-                      document_starts.data(), document_starts.data() + document_starts.size()};
-  check_pieces(source, firsts, counts, seq_length);
+  const cpt::TokenStream source(stream);
+  check_pieces(source.size(), firsts, counts, seq_length);
   Int64s tokens(seq_length);
   Int64s labels(seq_length);
   cpt::SampleWriter writer(tokens.mutable_data(), labels.mutable_data(), seq_length, vocab_size);
+  const std::int64_t* const documents = document_starts.data();
+  const std::int64_t* const documents_end = documents + document_starts.size();
   {
     const py::gil_scoped_release free;  // pages of the stream may have to be read from a disk
-    write_sample(source, firsts, counts, writer);
+    source.visit([&](const auto* from) {
+      for (py::ssize_t k = 0; k < firsts.size(); ++k) {
+        const std::int64_t first = firsts.data()[k];
+        writer.add(from, first, counts.data()[k], std::upper_bound(documents, documents_end, first), documents_end);
+      }
+    });
+    writer.pad();
   }
   Int64s starts(static_cast<py::ssize_t>(writer.starts.size()));
   std::copy(writer.starts.begin(), writer.starts.end(), starts.mutable_data());

@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <limits>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "bindings.hpp"
 #include "block.hpp"
@@ -202,12 +205,22 @@ void bind_sha256(py::module_& module) {
       .def_static("from_saved", [](const py::bytes& saved) { return cpt::Sha256::from_saved(std::string(saved)); });
 }
 
+// Each block takes a few MiB and lets go of them. The C library would give them back to the system every time, and each
+// page of the next block would be a fault, which all threads wait for.
+void keep_block_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 4 << 20);
+  mallopt(M_TRIM_THRESHOLD, 16 << 20);  // of each thread's heap
+#endif
+}
+
 }  // namespace
 
 void bind_records(py::module_& module) {
   constexpr std::int64_t kNoLimit = std::numeric_limits<std::int64_t>::max();
   bind_block(module);
   bind_sha256(module);
+  module.def("keep_block_memory", &keep_block_memory);
   module.def("parse_jsonl", &parse_jsonl, py::arg("data"), py::arg("text_field"), py::arg("first_line"),
              py::arg("longest") = kNoLimit, py::arg("keep_records") = false);
   module.def("parse_txt", &parse_txt, py::arg("data"), py::arg("first_line"), py::arg("longest") = kNoLimit);

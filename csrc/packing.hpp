@@ -126,6 +126,15 @@ void for_each_piece(const std::int64_t* starts, std::size_t documents, std::int6
       visit(first, std::min(capacity, starts[d + 1] - 1 - first));
 }
 
+// The token at a place of a stream. Throws std::range_error where the vocabulary has no such id.
+template <typename Token>
+std::int64_t checked_token(const Token* stream, std::int64_t at, std::int64_t vocab_size) {
+  const auto token = static_cast<std::int64_t>(stream[at]);
+  if (token < 0 || token >= vocab_size)
+    throw std::range_error("token id " + std::to_string(token) + " at token " + std::to_string(at));
+  return token;
+}
+
 // Copies one sample: pieces of predictions one after another, then padding (token 0, not scored).
 //
 // At a document's start d inside of a piece the prediction d - 1 -> d is not scored, and a new stretch begins; so one
@@ -140,10 +149,10 @@ class SampleWriter {
   void add(const Token* stream, std::int64_t first, std::int64_t count, const std::int64_t* document,
            const std::int64_t* end) {
     starts.push_back(filled_);
-    std::int64_t token = checked(stream, first);
+    std::int64_t token = checked_token(stream, first, vocab_size_);
     for (std::int64_t k = 0; k < count; ++k) {
       tokens_[filled_ + k] = token;
-      token = checked(stream, first + k + 1);
+      token = checked_token(stream, first + k + 1, vocab_size_);
       labels_[filled_ + k] = token;
     }
     for (; document != end && *document <= first + count; ++document) {
@@ -164,14 +173,6 @@ class SampleWriter {
   std::vector<std::int64_t> starts;
 
  private:
-  template <typename Token>
-  std::int64_t checked(const Token* stream, std::int64_t at) const {
-    const auto token = static_cast<std::int64_t>(stream[at]);
-    if (token < 0 || token >= vocab_size_)
-      throw std::range_error("token id " + std::to_string(token) + " at token " + std::to_string(at));
-    return token;
-  }
-
   std::int64_t* tokens_;
   std::int64_t* labels_;
   std::int64_t length_;
