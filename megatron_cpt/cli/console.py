@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console, RenderableType
@@ -49,14 +49,21 @@ def stdout_for_results(as_json: bool) -> Iterator[None]:
         os.close(stdout)
 
 
+class Advance(Protocol):
+    """What shows how far some work is."""
+
+    def __call__(self, done: int, total: int, step: str = "") -> None:
+        """Show (done, total), in bytes or items, of the work first described or of a further `step` by its name."""
+
+
 @contextlib.contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress(description: str) -> Iterator[Advance]:
     """Show the progress of long work on stderr, with the time that is left.
 
     A bar on a terminal; elsewhere one line every half minute, and none for work shorter than that.
 
     Yields:
-        A function to call with (done, total), in bytes or items.
+        A function to call with (done, total), and with the name of a further step, which has a bar of its own.
     """
     if sys.stderr.isatty():
         with _bar(description) as advance:
@@ -66,7 +73,7 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
-def _bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(description: str) -> Iterator[Advance]:
     from rich.progress import (
         BarColumn,
         Progress,
@@ -85,20 +92,31 @@ def _bar(description: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(description, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        tasks = {"": bars.add_task(description, total=None)}
+
+        def advance(done: int, total: int, step: str = "") -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=None)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield advance
 
 
-def _lines(description: str) -> Callable[[int, int], None]:
+def _lines(description: str) -> Advance:
     started = last = time.monotonic()
+    shown = ""
 
-    def advance(done: int, total: int) -> None:
-        nonlocal last
+    def advance(done: int, total: int, step: str = "") -> None:
+        nonlocal started, last, shown
         now = time.monotonic()
+        if step != shown:
+            started, last, shown = now, now, step
         if now - last < LINE_INTERVAL_SECONDS or not done:
             return
         last = now
         left = (now - started) * max(total - done, 0) / done
-        print(f"{description}: {100 * done / max(total, 1):.0f} %, {left:.0f} s left", file=sys.stderr, flush=True)
+        print(
+            f"{step or description}: {100 * done / max(total, 1):.0f} %, {left:.0f} s left", file=sys.stderr, flush=True
+        )
 
     return advance

@@ -145,6 +145,8 @@ class _HashedFile:
     closed = False
 
     def __init__(self, path: Path, start: Position | None) -> None:
+        self._path = path
+        self.failure: OSError | None = None  # of the system, where a read has met one
         self._file: IO[bytes] = path.open("rb", buffering=0)
         self._hash = _native.Sha256()
         self._hashed = self.read_bytes = 0
@@ -154,7 +156,11 @@ class _HashedFile:
             self.read_bytes = self._file.seek(int(start["offset"]))
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
+        try:
+            data = self._file.read(size)
+        except OSError as caught:
+            self.failure = OSError(caught.errno, caught.strerror, str(self._path))
+            raise self.failure from None
         self.read_bytes += len(data)
         new = self.read_bytes - self._hashed
         if new > 0:
@@ -224,6 +230,8 @@ class _TextReader:
         try:
             return self._stream.read(size)
         except (OSError, EOFError) as caught:
+            if self._file.failure is not None:
+                raise self._file.failure from None
             line = self._line + _native.count_lines(self._carry)
             raise DataError(f"{self._path}:{line}: the compressed file is damaged or cut short ({caught})") from None
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron_cpt.data.assembly import NoDocumentsError, assemble
 from megatron_cpt.data.blocks import open_blocks
 from megatron_cpt.data.encoder import Encoder, open_encoder
 from megatron_cpt.data.indexed import dtype_for, manifest_path
-from megatron_cpt.data.machines import Machines, open_machines
+from megatron_cpt.data.machines import Machines, open_machines, threads_here
 from megatron_cpt.data.ordered import Progress, run_parts
 from megatron_cpt.data.parts import Notice, Parts, check_shard, differences
 from megatron_cpt.data.tokens import TokenWork
@@ -139,8 +139,12 @@ class DatasetBuild:
             notice,
         )
 
-    def assemble(self) -> dict[str, Any]:
+    def assemble(self, workers: int = 1, on_joining: Progress | None = None) -> dict[str, Any]:
         """Make the dataset of the finished parts, which stay as they are, and return the manifest.
+
+        Args:
+            workers: threads.
+            on_joining: called with (bytes of tokens copied, bytes in all) where the tokens of several parts are.
 
         Raises:
             DataError: no document in any part; or faults, where `on_error` is "stop".
@@ -154,7 +158,7 @@ class DatasetBuild:
             **tokenizer_fields(loaded, self.language, self.append_bos, self.append_eos),
         }
         inputs = {"tokenizer": loaded.sha256}
-        return assemble(parts, Path(self.prefix), loaded.vocab_size, self.on_error, inputs, fields)
+        return assemble(parts, Path(self.prefix), loaded.vocab_size, self.on_error, inputs, fields, workers, on_joining)
 
     def is_made(self, shard: tuple[int, int] | None = None, may_differ: bool = False) -> bool:
         """Whether this very dataset is there: of these options, this tokenizer, and files of the same content.
@@ -210,6 +214,7 @@ def build_files(
     ray: str | None = None,
     on_progress: Progress | None = None,
     notice: Notice | None = None,
+    on_joining: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `<prefix>.bin`, `.idx` and `.manifest.json` from corpus files, in their order.
 
@@ -224,6 +229,8 @@ def build_files(
         ray: address of a Ray cluster whose hosts encode the files, as `open_cluster` takes it; None: this process.
         on_progress: called with (bytes done, bytes in all) of the files as they are on disk.
         notice: is told when work that was done is done again, and when all of it had been done before.
+        on_joining: called after all that with (bytes done, bytes in all) of the tokens, where those of several files
+            are put together.
 
     Returns:
         The manifest (see docs/formats/indexed_dataset.md); with `shard`: `shard` and the `files` it has done.
@@ -249,7 +256,8 @@ def build_files(
             with open_machines(ray, workers) as machines, parts.claimed(replace=overwrite):
                 made = is_made()  # another process may have ended it just now
                 if not made:
-                    _make(build, parts, machines, shard, on_progress, notice)
+                    assemble_here = partial(build.assemble, threads_here(workers), on_joining)
+                    _make(build, parts, machines, shard, assemble_here, on_progress, notice)
     except NoDocumentsError:
         parts.remove()
         raise
@@ -269,6 +277,7 @@ def _make(
     parts: Parts,
     machines: Machines,
     shard: tuple[int, int] | None,
+    assemble_here: Callable[[], object],
     on_progress: Progress | None,
     notice: Notice | None,
 ) -> None:
@@ -280,7 +289,7 @@ def _make(
         return
     with lock_folder(parts.folder, ".building"):
         work(parts.pending())
-        build.assemble()
+        assemble_here()
 
 
 def check_prefix(prefix: str | Path, files: Iterable[str | Path] = ()) -> None:

@@ -49,6 +49,11 @@ class Machines(Protocol):
         """
 
 
+def threads_here(workers: int | None) -> int:
+    """So many threads, or one for each core that this process may use."""
+    return workers or len(os.sched_getaffinity(0))
+
+
 @contextmanager
 def open_machines(ray: str | None, workers: int | None) -> Iterator[Machines]:
     """Where to work: here, or on the cluster at `ray`.
@@ -62,7 +67,7 @@ def open_machines(ray: str | None, workers: int | None) -> Iterator[Machines]:
         ConfigError: see `open_cluster`.
     """
     if ray is None:
-        yield _Here(workers or len(os.sched_getaffinity(0)))
+        yield _Here(threads_here(workers))
     else:
         with open_cluster(ray, workers) as cluster:
             yield cluster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,9 @@ class ParquetReader:
         self._columns = [text_field, *(["id"] if "id" in names and text_field != "id" else [])]
         self._batches = self._from_row(self._row)
 
-    def _damaged(self, caught: Exception) -> DataError:
+    def _damaged(self, caught: Exception) -> Exception:
+        if isinstance(caught, OSError) and caught.errno is not None:  # the system's, not pyarrow's
+            return OSError(caught.errno, os.strerror(caught.errno), str(self._path))
         return DataError(f"{self._path}: damaged or not a parquet file, after row {self._row} ({caught})")
 
     def _from_row(self, row: int) -> Iterator[Any]:

@@ -43,4 +43,20 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     with progress("Counting") as advance:
         advance(10, 10)
-    assert "100%" in capsys.readouterr().err
+        advance(5, 10, "Joining")
+    shown = capsys.readouterr().err
+    assert "100%" in shown and "Joining" in shown and " 50%" in shown
+
+
+def test_the_time_left_of_a_further_step_counts_from_its_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress("Counting") as advance:
+        now[0] += 500
+        advance(10, 10)
+        advance(0, 100, "Joining")
+        now[0] += 40
+        advance(40, 100, "Joining")
+    assert capsys.readouterr().err.splitlines() == ["Counting: 100 %, 0 s left", "Joining: 40 %, 60 s left"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -230,6 +231,27 @@ def test_a_damaged_parquet_is_an_error(tmp_path: Path, records: list[dict[str, A
     (tmp_path / "a.parquet").write_bytes(data[:1000] + b"\xff" * 3000 + data[4000:])
     with pytest.raises(DataError, match=r"a\.parquet: damaged or not a parquet file, after row \d+ "):
         rows_of(read_all(tmp_path / "a.parquet")[0])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.zst"])
+def test_an_error_of_the_system_is_told_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # a file whose first page cannot be read
+    with open_blocks(tmp_path / name) as reader, pytest.raises(OSError, match="Input/output error") as caught:
+        reader.read()
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path / name))
+
+
+def test_an_error_of_the_system_in_a_parquet_is_told_as_it_is(
+    tmp_path: Path, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Error reading bytes from file. Detail: [errno 5] Input/output error")
+
+    parquet(tmp_path / "a.parquet", records)
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", fail)
+    with open_blocks(tmp_path / "a.parquet") as reader, pytest.raises(OSError, match="Input/output error") as caught:
+        reader.read()
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.zst"])

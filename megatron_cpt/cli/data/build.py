@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +58,14 @@ def build(
         return
     with progress(f"Building {output}") as advance:
         made = build_files(
-            job, workers, shard_of(shard), overwrite, ray, advance, notice=lambda text: typer.echo(text, err=True)
+            job,
+            workers,
+            shard_of(shard),
+            overwrite,
+            ray,
+            advance,
+            notice=lambda text: typer.echo(text, err=True),
+            on_joining=partial(advance, step=f"Joining {output}"),
         )
     emit({"prefix": output, **made}, as_json, show_facts)
 
