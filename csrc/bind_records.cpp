@@ -42,6 +42,15 @@ std::string_view utf8_of(const py::handle& text) {
   return {data, static_cast<std::size_t>(size)};
 }
 
+// Each block takes a few MiB and lets go of them. The C library would give them back to the system every time, and each
+// page of the next block would be a fault, which all threads wait for. So from the first block on it keeps some.
+void keep_memory() {
+#ifdef __GLIBC__
+  static const bool done = mallopt(M_MMAP_THRESHOLD, 4 << 20) != 0 && mallopt(M_TRIM_THRESHOLD, 16 << 20) != 0;
+  static_cast<void>(done);
+#endif
+}
+
 cpt::Block from_texts(const py::list& texts) {
   cpt::Block block;
   for (const py::handle& text : texts) block.add(utf8_of(text), {}, static_cast<std::int64_t>(block.size()) + 1);
@@ -130,12 +139,14 @@ py::bytes write_jsonl(const cpt::Block& block, const Bools& keep, const std::opt
 
 cpt::Block parse_jsonl(const py::buffer& data, const std::string& text_field, std::int64_t first_line,
                        std::int64_t longest, bool keep_records) {
+  keep_memory();
   const Bytes bytes(data);
   const py::gil_scoped_release release;
   return cpt::parse_jsonl(bytes.view(), text_field, first_line, longest, keep_records);
 }
 
 cpt::Block parse_txt(const py::buffer& data, std::int64_t first_line, std::int64_t longest) {
+  keep_memory();
   const Bytes bytes(data);
   const py::gil_scoped_release release;
   return cpt::parse_txt(bytes.view(), first_line, longest);
@@ -157,6 +168,7 @@ cpt::Column column_of(const PyColumn& column, const Bytes& data) {
 
 cpt::Block parse_columns(const PyColumn& texts, const std::optional<PyColumn>& names, const std::string& text_field,
                          std::int64_t first_row, std::int64_t longest) {
+  keep_memory();
   const Bytes text_bytes(std::get<1>(texts));
   const Bytes name_bytes(names ? std::get<1>(*names) : static_cast<py::buffer>(py::bytes()));
   const cpt::Column text_column = column_of(texts, text_bytes);
@@ -205,22 +217,12 @@ void bind_sha256(py::module_& module) {
       .def_static("from_saved", [](const py::bytes& saved) { return cpt::Sha256::from_saved(std::string(saved)); });
 }
 
-// Each block takes a few MiB and lets go of them. The C library would give them back to the system every time, and each
-// page of the next block would be a fault, which all threads wait for.
-void keep_block_memory() {
-#ifdef __GLIBC__
-  mallopt(M_MMAP_THRESHOLD, 4 << 20);
-  mallopt(M_TRIM_THRESHOLD, 16 << 20);  // of each thread's heap
-#endif
-}
-
 }  // namespace
 
 void bind_records(py::module_& module) {
   constexpr std::int64_t kNoLimit = std::numeric_limits<std::int64_t>::max();
   bind_block(module);
   bind_sha256(module);
-  module.def("keep_block_memory", &keep_block_memory);
   module.def("parse_jsonl", &parse_jsonl, py::arg("data"), py::arg("text_field"), py::arg("first_line"),
              py::arg("longest") = kNoLimit, py::arg("keep_records") = false);
   module.def("parse_txt", &parse_txt, py::arg("data"), py::arg("first_line"), py::arg("longest") = kNoLimit);

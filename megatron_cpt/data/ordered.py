@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_cpt.data import _native
 from megatron_cpt.data.blocks import LONG_BYTES
 from megatron_cpt.data.part import Part
 from megatron_cpt.data.parts import Notice, Parts
@@ -192,7 +191,6 @@ class _Job:
         self.failure: BaseException | None = None
 
     def run(self) -> None:
-        _native.keep_block_memory()
         threads = [threading.Thread(target=self.loop, daemon=True) for _ in range(self.workers - 1)]
         try:
             for thread in threads:
