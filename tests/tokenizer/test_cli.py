@@ -153,3 +153,11 @@ def test_a_byte_level_base(files: dict[str, Path], tmp_path: Path, capsys: pytes
     more = ["--model-type", "byte-level", "--presegment", "cat", "--output", str(tmp_path / "none")]
     assert main(["tokenizer", "train", *map(str, words[:4]), *more]) == 2
     assert "for SentencePiece models" in capsys.readouterr().err
+
+
+def test_facts_for_people(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pieces.txt").write_text("日\n本\n日本\n", encoding="utf-8")
+    words = ["extend", str(base), "--pieces", str(tmp_path / "pieces.txt"), "--divisor", "1"]
+    assert main(["tokenizer", *words, "--output", str(tmp_path / "new")]) == 0
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    assert facts["num_new"].strip() == "3" and facts["fast_file"].strip() == "True"

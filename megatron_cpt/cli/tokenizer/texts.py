@@ -54,6 +54,6 @@ def show_facts(value: dict[str, Any]) -> Any:
     table = Table(show_header=False, box=None)
     for name, fact in value.items():
         for part, number in fact.items() if isinstance(fact, dict) else [("", fact)]:
-            shown = f"{number:,}" if isinstance(number, int) else str(number)
+            shown = f"{number:,}" if type(number) is int else str(number)
             table.add_row(f"{name} {part}".strip(), Text(shown))
     return table
