@@ -43,6 +43,11 @@ class LlamaForward:
         dtype: dtype of the weights and activations; norms, softmax and losses are at least float32.
         cache: keep the weights after the first pass instead of reading them again in the next.
         device: where to compute; None: in host memory.
+
+    Attributes:
+        shape: the architecture.
+        vocab_size: true size V.
+        device: where it computes.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class LlamaForward:
         self.reader: ModelReader = open_checkpoint(source) if isinstance(source, str | Path) else source
         self.shape: LlamaShape = self.reader.llama
         self.vocab_size = self.reader.vocab_size
-        self._dtype, self._wide, self._device = (
+        self._dtype, self._wide, self.device = (
             dtype,
             torch.promote_types(dtype, torch.float32),
             device or torch.empty(0).device,
@@ -76,7 +81,7 @@ class LlamaForward:
             hidden_BSD in `dtype`.
         """
         batch, length = tokens_BS.shape
-        hidden_ND = self._embed(tokens_BS.reshape(-1).to(self._device))
+        hidden_ND = self.embed(tokens_BS.reshape(-1))
         return self.body(hidden_ND, self.layout(batch, length, cu_seqlens)).view(batch, length, -1)
 
     def layout(self, batch: int, length: int, cu_seqlens: Tensor | Sequence[int] | None = None) -> Layout:
@@ -85,7 +90,7 @@ class LlamaForward:
         starts, lengths = borders[:-1], borders[1:] - borders[:-1]
         position_N = torch.arange(batch * length) - torch.repeat_interleave(starts, lengths)
         groups = tuple((int(size), starts[lengths == size]) for size in lengths.unique())
-        return Layout(*self._rotary(position_N.to(self._device)), groups)
+        return Layout(*self._rotary(position_N.to(self.device)), groups)
 
     @torch.no_grad()
     def body(self, embedded_ND: Tensor, layout: Layout, tape: list[Tensor] | None = None) -> Tensor:
@@ -139,7 +144,7 @@ class LlamaForward:
         hidden_BSD = self.hidden(tokens_BS, cu_seqlens)
         if positions is not None:
             hidden_BSD = hidden_BSD[:, positions]
-        return torch.cat([F.linear(hidden_BSD, block_VD) for block_VD in self._blocks(self._head())], dim=-1)
+        return torch.cat([F.linear(hidden_BSD, block_VD) for _, block_VD in self.head_blocks()], dim=-1)
 
     @torch.no_grad()
     def token_nats(
@@ -163,13 +168,12 @@ class LlamaForward:
             nats_BS, float32 (float64 when computing in float64).
         """
         hidden_ND = self.hidden(tokens_BS, cu_seqlens).flatten(0, 1)
-        label_N = labels_BS.reshape(-1).to(self._device)
+        label_N = labels_BS.reshape(-1).to(self.device)
         counted_N = label_N != ignore_index
         self._check_ids(label_N[counted_N])
-        sum_N = torch.full(label_N.shape, -math.inf, dtype=self._wide, device=self._device)  # log of the sum of exp
-        target_N = torch.zeros(label_N.shape, dtype=self._wide, device=self._device)
-        first = 0
-        for block_VD in self._blocks(self._head()):
+        sum_N = torch.full(label_N.shape, -math.inf, dtype=self._wide, device=self.device)  # log of the sum of exp
+        target_N = torch.zeros(label_N.shape, dtype=self._wide, device=self.device)
+        for first, block_VD in self.head_blocks():
             step = max(1, LOGITS_BLOCK_ELEMENTS // block_VD.shape[0])
             for part in (slice(at, at + step) for at in range(0, len(label_N), step)):
                 logits_NV = F.linear(hidden_ND[part], block_VD).to(self._wide)
@@ -178,7 +182,6 @@ class LlamaForward:
                 local_N = torch.where(inside_N, label_N[part] - first, 0)
                 chosen_N = logits_NV.gather(-1, local_N[:, None])[:, 0]
                 target_N[part] = torch.where(inside_N, chosen_N, target_N[part])
-            first += block_VD.shape[0]
         return torch.where(counted_N, sum_N - target_N, 0).view(labels_BS.shape)
 
     def _borders(self, batch: int, length: int, cu_seqlens: Tensor | Sequence[int] | None) -> Tensor:
@@ -199,9 +202,12 @@ class LlamaForward:
                 "the text was made with another tokenizer"
             )
 
-    def _embed(self, token_N: Tensor) -> Tensor:
+    @torch.no_grad()
+    def embed(self, token_N: Tensor) -> Tensor:
+        """Rows of the embedding, one for each of N tokens."""
+        token_N = token_N.to(self.device)
         self._check_ids(token_N)
-        hidden_ND = torch.empty(len(token_N), self.shape.hidden_size, dtype=self._dtype, device=self._device)
+        hidden_ND = torch.empty(len(token_N), self.shape.hidden_size, dtype=self._dtype, device=self.device)
         first = 0
         for block_VD in self._blocks(EMBEDDING):
             inside_N = (token_N >= first) & (token_N < first + block_VD.shape[0])
@@ -220,7 +226,7 @@ class LlamaForward:
         key_NHK, value_NHK = (heads.repeat_interleave(repeats, dim=1) for heads in (key_NGK, value_NGK))
         out_NHK = torch.empty_like(query_NHK)
         for size, starts in layout.groups:
-            index = (starts[:, None] + torch.arange(size)).to(self._device)
+            index = (starts[:, None] + torch.arange(size)).to(self.device)
             query, key, value = (heads[index].transpose(1, 2) for heads in (query_NHK, key_NHK, value_NHK))
             out_NHK[index] = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
         return F.linear(out_NHK.flatten(1), self._weight(prefix + "o_proj.weight"))
@@ -233,7 +239,7 @@ class LlamaForward:
     def _rotary(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every angle; angles are float32 in every implementation of Llama."""
         size = self.shape.head_dim
-        exponent = torch.arange(0, size, 2, device=self._device).float() / size
+        exponent = torch.arange(0, size, 2, device=self.device).float() / size
         frequency = 1.0 / (self.shape.rope_theta**exponent)
         if self.shape.rope_scaling is not None:
             scaling = self.shape.rope_scaling
@@ -244,6 +250,13 @@ class LlamaForward:
             frequency = ramp * frequency + (1 - ramp) * frequency / scaling.factor
         angle_NK = torch.outer(position_N.float(), frequency).repeat(1, 2)
         return angle_NK.cos().to(self._dtype), angle_NK.sin().to(self._dtype)
+
+    def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The head in row order, as (number of the first row, rows) in the dtype of the computation."""
+        first = 0
+        for block_VD in self._blocks(self._head()):
+            yield first, block_VD
+            first += block_VD.shape[0]
 
     def _head(self) -> str:
         return EMBEDDING if self.shape.tied_embeddings else HEAD
@@ -259,7 +272,7 @@ class LlamaForward:
             return
         kept = []
         for block in read_blocks(self.reader, name) if name in (EMBEDDING, HEAD) else [self.reader.read(name)]:
-            block = block.to(device=self._device, dtype=self._dtype)
+            block = block.to(device=self.device, dtype=self._dtype)
             if self._cache is not None:
                 kept.append(block)
             yield block

@@ -92,11 +92,28 @@ MatrixMethod = Annotated[
 ]
 
 
+class CalibrationConfig(Section):
+    """A handful of numbers for all new rows, found on a little text of both languages with the model frozen.
+
+    First the head's prior, from forward passes over `prior_tokens` (0: none), then `steps` of Adam.
+    """
+
+    prior_tokens: NonNegative = 8192
+    steps: NonNegative = 0
+    step_tokens: Positive = 1024
+    seq_length: Positive = 128
+    learning_rate: PositiveFloat = 0.05  # of an offset, in units of the root mean square of the old rows
+    rank: NonNegative = 8  # of the map of the head's new rows; 0: none
+    source_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # of the text
+    seed: NonNegative = 1
+
+
 class SurgeryConfig(Section):
     """How the rows of new pieces are made, for each matrix."""
 
     embedding: MatrixMethod = PiecesMethod()
     head: MatrixMethod = PiecesMethod()
+    calibration: CalibrationConfig | None = None
 
 
 def parse_method(value: Any) -> Method:

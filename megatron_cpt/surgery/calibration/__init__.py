@@ -1,0 +1,128 @@
+"""Calibration: a handful of numbers for all rows of new pieces together, found while the model is frozen.
+
+Rows made from old pieces share errors that no method for single rows can know. A base that never predicted a
+byte, say, gives them all the same direction in the head, away from everything. Two parts mend that: the prior
+(`prior`), from forward passes alone, and steps of gradient descent (`steps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_cpt.checkpoint import LlamaForward
+from megatron_cpt.checkpoint.reader import ModelReader
+from megatron_cpt.config.surgery import CalibrationConfig
+from megatron_cpt.errors import DataError
+from megatron_cpt.surgery.calibration.prior import fit_prior, nothing
+from megatron_cpt.surgery.calibration.steps import Calibrated, learn
+from megatron_cpt.surgery.matrix import Adjustment, MatrixPlan
+from megatron_cpt.surgery.plan import SurgeryPlan
+from megatron_cpt.surgery.planned import PlannedReader
+
+__all__ = ["Tokens", "calibrate"]
+
+
+class Tokens(Protocol):
+    """Packed text in the new tokenizer's ids (`data.Batch`)."""
+
+    @property
+    def tokens_N(self) -> npt.NDArray[np.int64]:
+        """Input ids."""
+
+    @property
+    def labels_N(self) -> npt.NDArray[np.int64]:
+        """The id after each; -100 where it is not scored."""
+
+    @property
+    def cu_seqlens(self) -> npt.NDArray[np.int32]:
+        """Borders of documents, 0 and N included."""
+
+
+def calibrate(
+    plan: SurgeryPlan,
+    base: ModelReader,
+    take: Callable[[int], Tokens],
+    counts_W: npt.NDArray[np.int64],
+    settings: CalibrationConfig,
+    *,
+    device: torch.device | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[SurgeryPlan, dict[str, Any]]:
+    """Find the adjustment of new rows that a little text asks for.
+
+    One forward pass over the text for the prior; a forward and a backward pass for each step. One layer is in
+    memory at a time where the weights have no room, so this is for models of any size.
+
+    Args:
+        plan: as the methods made it; an adjustment that it has is replaced.
+        base: the base model.
+        take: gives the next tokens of both languages, at least as many as it is asked for.
+        counts_W: how often each new id occurs in the target language's text.
+        settings: how much text, and how many steps.
+        device: where to compute; None: in host memory.
+        on_progress: called with (tokens done, tokens in all).
+
+    Returns:
+        The plan with its adjustments, and facts: `tokens` read, and what the prior and the steps found.
+
+    Raises:
+        DataError: the text holds no new piece, or only new ones.
+    """
+    plan = replace(plan, embedding=replace(plan.embedding, adjustment=None), head=replace(plan.head, adjustment=None))
+    if not len(plan.head.new_rows):
+        raise DataError("the plan has no new rows: there is nothing to calibrate")
+    forward = LlamaForward(PlannedReader(base, plan), cache=True, device=device)
+    total = settings.prior_tokens + settings.steps * settings.step_tokens
+    done = 0
+
+    def next_tokens(count: int) -> Tokens:
+        nonlocal done
+        tokens = take(count)
+        done += len(tokens.tokens_N)
+        if on_progress is not None:
+            on_progress(min(done, total), total)
+        return tokens
+
+    width, tied = base.llama.hidden_size, base.llama.tied_embeddings
+    start = Calibrated(nothing(plan.embedding, width), nothing(plan.head, width))
+    facts: dict[str, Any] = {}
+    if settings.prior_tokens and not tied:
+        feature = log_frequencies(plan.head, counts_W)
+        tokens = next_tokens(settings.prior_tokens)
+        head, facts["prior"] = fit_prior(forward, plan.head, feature, *_hidden(forward, tokens))
+        start = replace(start, head=head)
+    if settings.steps:
+        start, facts["steps"] = learn(forward, plan, start, next_tokens, settings)
+    made = replace(
+        plan,
+        embedding=_adjusted(plan.embedding, start.embedding),
+        head=_adjusted(plan.head, start.head),
+    )
+    return made, {"tokens": done, **facts}
+
+
+def log_frequencies(plan: MatrixPlan, counts_W: npt.NDArray[np.int64]) -> Tensor:
+    """log((count + 1/2) / all) of each new row, float32; all: of the text, new pieces and others."""
+    counts = torch.from_numpy(np.asarray(counts_W, np.float64))
+    return ((counts[plan.new_rows] + 0.5) / counts.sum().clamp(min=1.0)).log().float()
+
+
+def _hidden(forward: LlamaForward, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Hidden states and labels of the scored positions."""
+    labels_N = torch.from_numpy(tokens.labels_N)
+    hidden_ND = forward.hidden(torch.from_numpy(tokens.tokens_N)[None], torch.from_numpy(tokens.cu_seqlens))[0]
+    scored_N = labels_N >= 0
+    return hidden_ND[scored_N.to(hidden_ND.device)].float(), labels_N[scored_N].to(hidden_ND.device)
+
+
+def _adjusted(plan: MatrixPlan, adjustment: Adjustment) -> MatrixPlan:
+    parts = (adjustment.offset_D, adjustment.direction_D, adjustment.down_DR)
+    changed = adjustment.scale != 0.0 or any(bool(part.any()) for part in parts)
+    return replace(plan, adjustment=adjustment if changed else None)
