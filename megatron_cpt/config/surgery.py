@@ -129,6 +129,24 @@ def parse_method(value: Any) -> Method:
     return parsed
 
 
+def parse_calibration(value: Any) -> CalibrationConfig:
+    """The settings of a calibration from a mapping.
+
+    Raises:
+        ConfigError: a setting that it does not have, or a value out of range.
+    """
+    try:
+        return CalibrationConfig.model_validate(value)
+    except ValidationError as caught:
+        found = [
+            f"calibration has no setting {error['loc'][0]}: expected one of {', '.join(CalibrationConfig.model_fields)}"
+            if error["type"] == "extra_forbidden"
+            else f"calibration: {error['loc'][0]} is {error['input']!r}; {error['msg']}"
+            for error in caught.errors(include_url=False)
+        ]
+        raise ConfigError("\n".join(found)) from None
+
+
 def _lines(caught: ValidationError, value: Any) -> Sequence[str]:
     name = value.get("method") if isinstance(value, dict) else value
     lines = []

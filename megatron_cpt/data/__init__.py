@@ -3,6 +3,7 @@
 from megatron_cpt.data.batches import Batch, batch, scored_bytes, validation_batch
 from megatron_cpt.data.build import DatasetBuild, build_files
 from megatron_cpt.data.build_memory import build_dataset
+from megatron_cpt.data.calibration import calibration_tokens, token_counts
 from megatron_cpt.data.describe import describe, describe_document, describe_sample, tokenizer_of
 from megatron_cpt.data.documents import Document, is_held_out, read_documents, split_held_out, work_of
 from megatron_cpt.data.indexed import IndexedDataset, manifest_path
@@ -30,6 +31,7 @@ __all__ = [
     "batch",
     "build_dataset",
     "build_files",
+    "calibration_tokens",
     "check_no_dataset",
     "describe",
     "describe_document",
@@ -43,6 +45,7 @@ __all__ = [
     "read_documents",
     "scored_bytes",
     "split_held_out",
+    "token_counts",
     "tokenizer_of",
     "trace_document",
     "validation_batch",

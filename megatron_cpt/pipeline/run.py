@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint import convert, verify
+from megatron_cpt.checkpoint import convert, open_checkpoint, verify
 from megatron_cpt.checkpoint.fingerprint import fingerprint
 from megatron_cpt.config.loading import Resolved
 from megatron_cpt.config.manifest import read_json, sha256_json, write_json_atomic, write_text_atomic
@@ -20,7 +20,8 @@ from megatron_cpt.config.schema import (
     TrainDataConfig,
     ValidationSource,
 )
-from megatron_cpt.data import DatasetBuild, build_dataset, build_files
+from megatron_cpt.config.surgery import CalibrationConfig
+from megatron_cpt.data import DatasetBuild, build_dataset, build_files, calibration_tokens
 from megatron_cpt.data.world import write_world
 from megatron_cpt.errors import ConfigError, VerificationError
 from megatron_cpt.evaluation import certify, check_certificate, logit_parity
@@ -29,8 +30,9 @@ from megatron_cpt.pipeline.measuring import Paths, tokenizer_facts, write_run_re
 from megatron_cpt.pipeline.steps import Steps
 from megatron_cpt.pipeline.vocabulary import adapt_tokenizer
 from megatron_cpt.reporting.report import REPORT_JSON, REPORT_MD
+from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.lock import lock_folder
-from megatron_cpt.surgery import Tokenizers, apply_surgery, plan_surgery
+from megatron_cpt.surgery import SurgeryPlan, Tokenizers, apply_surgery, calibrate, plan_surgery
 from megatron_cpt.tokenizer import VocabMap, load_tokenizer, train_tokenizer
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.job import run_job
@@ -73,8 +75,8 @@ class Run:
         self._base_tokenizer()
         self._base_model()
         self._adapt_tokenizer()
-        self._surgery()
         self._shards()
+        self._surgery()
         self._adapt()
         self._export()
         self._report()
@@ -201,8 +203,11 @@ class Run:
             vocab_map = VocabMap.load(paths.tokenizer / "vocab_map.json")
             tokenizers = Tokenizers(load_tokenizer(paths.base_tokenizer), load_tokenizer(paths.tokenizer))
             plan = plan_surgery(vocab_map, surgery.embedding, surgery.head, tokenizers)
+            facts: dict[str, Any] = {}
+            if surgery.calibration is not None:
+                plan, facts["calibration"] = self._calibrated(plan, surgery.calibration)
             plan.save(paths.surgery / "plan", paths.tokenizer)
-            facts = apply_surgery(plan, paths.base_model, paths.operated_model, paths.tokenizer)
+            facts |= apply_surgery(plan, paths.base_model, paths.operated_model, paths.tokenizer)
             texts = {corpus.language: corpus.held_out() for corpus in (self.source, self.target)}
             length = self.config.train.batch.seq_length
             found = certify(
@@ -220,8 +225,19 @@ class Run:
         names = (surgery.embedding.method, surgery.head.method)
         title = "vocabulary surgery: {} for the embedding, {} for the head".format(*names)
         settings = {**surgery.model_dump(), "seq_length": self.config.train.batch.seq_length}
-        needs = ("text", "base_tokenizer", "base", "tokenizer")
+        needs = ("text", "base_tokenizer", "base", "tokenizer", "shards")
         self.steps.add("surgery", title, settings, needs, operate, makes=(paths.surgery,))
+
+    def _calibrated(self, plan: SurgeryPlan, settings: CalibrationConfig) -> tuple[SurgeryPlan, dict[str, Any]]:
+        """The plan calibrated on the texts that training reads."""
+        source, target = (
+            [str(self.paths.shards / f"{name}.train") for name in corpus.parts] for corpus in (self.source, self.target)
+        )
+        take, counts = calibration_tokens(
+            source, target, plan.new_sha256, settings.seq_length, settings.source_share, settings.seed
+        )
+        base, device = open_checkpoint(self.paths.base_model), current_device().torch_device()
+        return calibrate(plan, base, take, counts, settings, device=device)
 
     def _shards(self) -> None:
         paths = self.paths

@@ -58,7 +58,14 @@ class SurgeryPlan:
         rows = {origin: counts[origin] for origin in _ORIGINS}
         methods = {name: dict(self.matrix(name).method) for name in _MATRICES}
         stated = {field: getattr(self, field) for field in _FIELDS}
-        return {**stated, "methods": methods, "rows": rows, "removed": len(self.removed())}
+        calibrated = {name: self.matrix(name).adjustment is not None for name in _MATRICES}
+        return {
+            **stated,
+            "methods": methods,
+            "calibrated": calibrated,
+            "rows": rows,
+            "removed": len(self.removed()),
+        }
 
     def matrix(self, name: str) -> MatrixPlan:
         """The plan of "embedding" or "head"."""

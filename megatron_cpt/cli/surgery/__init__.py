@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from megatron_cpt.cli.surgery.calibrate import calibrate
 from megatron_cpt.cli.surgery.certify import certify
 from megatron_cpt.cli.surgery.plans import apply, plan, show
 
 app = typer.Typer(help="Fit a model's embedding and head to another vocabulary.", no_args_is_help=True)
-for command in (plan, show, apply, certify):
+for command in (plan, calibrate, show, apply, certify):
     app.command()(command)

@@ -1,0 +1,195 @@
+"""Calibration against autograd through transformers, and what it is for: new rows that start well."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaForCausalLM
+
+from megatron_cpt.checkpoint import LlamaForward, open_hf
+from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
+from megatron_cpt.cli.main import main
+from megatron_cpt.config.surgery import CalibrationConfig, parse_calibration
+from megatron_cpt.data import Batch, Document, build_dataset, calibration_tokens
+from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.surgery import RowMaker, SurgeryPlan, apply_surgery, calibrate, plan_surgery
+from megatron_cpt.surgery.calibration import log_frequencies
+from megatron_cpt.surgery.calibration.prior import directions, nothing
+from megatron_cpt.surgery.calibration.steps import _gradient, _Matrix
+from megatron_cpt.surgery.planned import PlannedReader
+from megatron_cpt.tokenizer import VocabMap
+from tests.surgery.conftest import ENGLISH, JAPANESE, Make
+
+SEQ = 24
+
+
+@pytest.fixture
+def plan(vocab_map: VocabMap) -> SurgeryPlan:
+    return plan_surgery(vocab_map)
+
+
+@pytest.fixture(scope="module")
+def datasets(new_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(English, Japanese) datasets of the new tokenizer."""
+    draw = np.random.default_rng(4)
+    folder = tmp_path_factory.mktemp("calibration")
+    for language, words, between in (("en", ENGLISH, " "), ("ja", JAPANESE, "")):
+        texts = [Document(between.join(draw.choice(words, 12)), language, "test") for _ in range(150)]
+        build_dataset(texts, new_tokenizer, folder / language, language)
+    return folder / "en", folder / "ja"
+
+
+def taken(datasets: tuple[Path, Path], plan: SurgeryPlan) -> tuple[object, np.ndarray]:
+    return calibration_tokens([datasets[0]], [datasets[1]], plan.new_sha256, SEQ, 0.5, 1)
+
+
+def nats(plan: SurgeryPlan, base: Path, tokens: Batch) -> float:
+    forward = LlamaForward(PlannedReader(open_hf(base), plan))
+    packed = torch.from_numpy(tokens.tokens_N)[None], torch.from_numpy(tokens.labels_N)[None]
+    return float(forward.token_nats(*packed, torch.from_numpy(tokens.cu_seqlens)).sum()) / int((packed[1] >= 0).sum())
+
+
+def test_the_prior_is_the_frequency_where_new_pieces_belong(
+    plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]
+) -> None:
+    base = make_model(plan.old_size)
+    take, counts = taken(datasets, plan)
+    held_out = take(960)  # type: ignore[operator]
+    made, facts = calibrate(plan, open_hf(base), take, counts, CalibrationConfig(prior_tokens=2400, seq_length=SEQ))  # type: ignore[arg-type]
+    assert facts["tokens"] == 2400 and facts["prior"]["nats_after"] < facts["prior"]["nats_before"] - 0.5
+    assert nats(made, base, held_out) < nats(plan, base, held_out) - 0.5
+    # Rows follow the formula; kept ones and the embedding stay.
+    last = made.head.adjustment
+    assert last is not None and made.embedding.adjustment is None
+    old_VD = open_hf(base).read(HEAD)
+    before, after = (RowMaker(each.head, old_VD).rows(0, plan.new_size) for each in (plan, made))
+    new = plan.head.new_rows
+    assert torch.equal(after[: plan.old_size], old_VD)
+    prior = torch.from_numpy(np.log((counts[new.numpy()] + 0.5) / counts.sum())).float()
+    truth = before[new] * facts["prior"]["keep"] + last.offset_D + prior[:, None] * last.direction_D
+    torch.testing.assert_close(after[new], truth, rtol=1e-4, atol=1e-5)
+    assert torch.equal(log_frequencies(plan.head, counts), last.feature_N)
+
+
+def test_directions_tell_where_new_pieces_follow() -> None:
+    generator = torch.Generator().manual_seed(2)
+    is_new = torch.rand(4000, generator=generator) < 0.4
+    hidden = torch.randn(4000, 16, generator=generator) + torch.where(is_new[:, None], 2.0, -1.0) * torch.eye(16)[3]
+    hidden[:, 5] = 3.0  # a constant, as an offset needs it
+    target_D, source_D = directions(hidden, is_new)
+    gram = hidden.double().T @ hidden.double() / 4000
+    ridge = gram + 0.1 * gram.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    truth = torch.linalg.inv(ridge) @ (hidden.double().T @ is_new.double() / 4000)
+    torch.testing.assert_close(target_D, truth, rtol=1e-8, atol=1e-10)
+    scores = hidden.double() @ target_D
+    assert float(scores[is_new].mean()) > 0.6 and float(scores[~is_new].mean()) < 0.3
+    assert float((hidden.double() @ source_D)[is_new].mean()) < 0.3
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_gradients_against_transformers(
+    plan: SurgeryPlan, make_model: Make, new_tokenizer: Path, datasets: tuple[Path, Path], tmp_path: Path, tied: bool
+) -> None:
+    """The streamed gradient of every number, by autograd through the whole model in float64."""
+    base = make_model(plan.old_size, tied)
+    take, counts = taken(datasets, plan)
+    tokens = take(4 * SEQ)  # type: ignore[operator]
+    forward = LlamaForward(PlannedReader(open_hf(base), plan), cache=True)
+    start = replace(nothing(plan.head, 32), feature_N=log_frequencies(plan.head, counts))
+    head = _Matrix(forward, plan.head, EMBEDDING if tied else HEAD, start, 2, 7, 10.0)
+    embedding = head if tied else _Matrix(forward, plan.embedding, EMBEDDING, nothing(plan.embedding, 32), 0, 7, 10.0)
+    loss = _gradient(forward, embedding, head, tokens)
+
+    apply_surgery(plan, base, tmp_path / "made", new_tokenizer)
+    network = LlamaForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float64)
+    numbers = {}
+    for name, matrix in {"head": head, "embedding": embedding}.items():
+        for part in ("scale", "offset_D", "direction_D", "down_DR", "up_RD"):
+            numbers[name, part] = getattr(matrix, part).detach().double().requires_grad_(True)
+    tables = {}
+    for name, matrix in {"head": head, "embedding": embedding}.items():
+        scale, offset, direction, down, up = (
+            numbers["head" if tied else name, part] for part in ("scale", "offset_D", "direction_D", "down_DR", "up_RD")
+        )
+        table = (network.lm_head if name == "head" else network.model.embed_tokens).weight.detach().clone()
+        rows = table[plan.head.new_rows]
+        feature = matrix.feature_R.double()[:, None]
+        rows = rows * (1 + scale) + matrix.unit * offset + feature * matrix.direction_unit * direction
+        tables[name] = table.index_copy(0, plan.head.new_rows, rows + (table[plan.head.new_rows] @ down) @ up)
+    total, count = 0.0, int((tokens.labels_N >= 0).sum())
+    for first, last in zip(tokens.cu_seqlens[:-1], tokens.cu_seqlens[1:], strict=True):
+        ids, labels = (torch.from_numpy(each[first:last]) for each in (tokens.tokens_N, tokens.labels_N))
+        hidden = network.model(inputs_embeds=tables["embedding"][ids][None]).last_hidden_state[0]
+        total = total + F.cross_entropy(hidden @ tables["head"].T, labels, ignore_index=-100, reduction="sum")
+    mean = total / count
+    mean.backward()
+    assert loss == pytest.approx(float(mean), rel=1e-5)
+    checked = 0
+    for name, matrix in {"head": head, "embedding": embedding}.items():
+        for part in ("scale", "offset_D", "direction_D", "down_DR", "up_RD"):
+            found, truth = getattr(matrix, part).grad, numbers["head" if tied else name, part].grad
+            if found is None or truth is None:
+                continue
+            torch.testing.assert_close(found.double(), truth, rtol=2e-3, atol=2e-5 * float(truth.abs().max() + 1e-6))
+            checked += 1
+    assert checked >= 6
+
+
+def test_steps_lower_the_loss(plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]) -> None:
+    base = make_model(plan.old_size)
+    settings = CalibrationConfig(prior_tokens=0, steps=15, step_tokens=240, seq_length=SEQ, rank=2, learning_rate=0.3)
+    take, counts = taken(datasets, plan)
+    held_out = take(960)  # type: ignore[operator]
+    made, facts = calibrate(plan, open_hf(base), take, counts, settings)  # type: ignore[arg-type]
+    assert made.embedding.adjustment is not None and made.head.adjustment is not None
+    assert nats(made, base, held_out) < nats(plan, base, held_out) - 0.1
+    assert facts["steps"]["nats_last"] < facts["steps"]["nats_first"]
+    again, _ = calibrate(made, open_hf(base), taken(datasets, plan)[0], counts, settings)  # type: ignore[arg-type]
+    assert again.head.adjustment is not None  # begins from the methods' rows, not on top of the last calibration
+    assert float((again.head.adjustment.offset_D - made.head.adjustment.offset_D).abs().max()) < 1.0
+
+
+def test_the_command(
+    plan: SurgeryPlan,
+    make_model: Make,
+    new_tokenizer: Path,
+    datasets: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = make_model(plan.old_size)
+    plan.save(tmp_path / "plan", new_tokenizer)
+    words = ["surgery", "calibrate", str(tmp_path / "plan"), str(base), "--target", str(datasets[1]), "--source"]
+    sizes = ["--set", "prior_tokens=960", "--set", "steps=2", "--set", "step_tokens=240", "--set", f"seq_length={SEQ}"]
+    assert main([*words, str(datasets[0]), "--output", str(tmp_path / "made"), *sizes, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tokens"] == 960 + 3 * 240
+    loaded = SurgeryPlan.load(tmp_path / "made")
+    assert loaded.facts()["calibrated"] == {"embedding": True, "head": True}
+    assert main(["surgery", "apply", str(tmp_path / "made"), str(base), str(tmp_path / "applied")]) == 0
+    capsys.readouterr()
+    for more, message in (
+        (["--set", "rounds=3"], "no setting rounds: expected one of prior_tokens"),
+        (["--set", "steps=-1"], "steps is -1"),
+    ):
+        assert main([*words, str(datasets[0]), "--output", str(tmp_path / "no"), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "nowhere"), "--output", str(tmp_path / "no")]) == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_text_of_one_language_is_not_enough(plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]) -> None:
+    base = make_model(plan.old_size)
+    take, counts = calibration_tokens([datasets[0]], [datasets[1]], plan.new_sha256, SEQ, 0.999, 1)
+    with pytest.raises(DataError, match="text of both languages"):
+        calibrate(plan, open_hf(base), take, counts, CalibrationConfig(prior_tokens=24, seq_length=SEQ))
+    with pytest.raises(DataError):
+        calibration_tokens([datasets[0]], [datasets[1]], "0" * 64, SEQ, 0.5, 1)
+    with pytest.raises(ConfigError, match="source_share is 1"):
+        parse_calibration({"source_share": 1})
