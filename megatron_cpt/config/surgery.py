@@ -24,6 +24,16 @@ class Method(Section):
     match_norm: bool = False
     copy_kept: bool = True
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files of text that the method reads, as far as the settings name any."""
+        return ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Folders of models that it reads, beside the base."""
+        return ()
+
 
 class PiecesMethod(Method):
     """From the rows of the old pieces that a new piece is cut into.
@@ -74,8 +84,103 @@ class ClpMethod(Method):
     top_k: Positive = 10
     temperature: PositiveFloat = 0.1
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The helper."""
+        return (self.helper,)
 
-METHODS = (PiecesMethod, SameMethod, InheritMethod, NormalMethod, CovarianceMethod, ClpMethod)
+
+Files = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+class TextMethod(Method):
+    """Of the texts that a method reads, the first `max_bytes` bytes are used.
+
+    A corpus is one file or a list of them (jsonl, txt, parquet). Inside a recipe it may be left out: then it is
+    the recipe's own training text of that side.
+    """
+
+    max_bytes: Positive = 50_000_000
+
+
+class AlignedMethod(TextMethod):
+    """The mean of the old pieces that a new piece overlaps in real text, weighted by how often it does."""
+
+    method: Literal["aligned"]
+    corpus: Files = ()  # texts of the target language
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The corpus."""
+        return self.corpus
+
+
+class VectorsMethod(TextMethod):
+    """Methods that make a static vector for each piece from what stands around it."""
+
+    dimension: Positive = 100
+    window: Positive = 5  # pieces to either side
+    min_count: Positive = 10  # rarer pieces get no vector
+
+
+class FocusMethod(VectorsMethod):
+    """FOCUS: old rows of shared pieces, by sparsemax of the similarity of static vectors."""
+
+    method: Literal["focus"]
+    corpus: Files = ()  # texts that the new tokenizer cuts: of the target language, or of both
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The corpus."""
+        return self.corpus
+
+
+class WechselMethod(VectorsMethod):
+    """WECHSEL: old rows, by similarity of static vectors of two languages that were aligned with each other.
+
+    The pairs that align them are the pieces that both vocabularies share, and those of `dictionary`: a line
+    with a word of each language, the source's first, with a tab between.
+    """
+
+    method: Literal["wechsel"]
+    source_corpus: Files = ()
+    target_corpus: Files = ()
+    dictionary: str | None = None
+    top_k: Positive = 10
+    temperature: PositiveFloat = 0.1
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Both corpora and the dictionary."""
+        dictionary = () if self.dictionary is None else (self.dictionary,)
+        return (*self.source_corpus, *self.target_corpus, *dictionary)
+
+
+class OmpMethod(Method):
+    """Orthogonal matching pursuit: the sparse sum that makes a piece's row in a donor, of the base's rows."""
+
+    method: Literal["omp"]
+    donor: str  # Hugging Face folder of a model, with its tokenizer, that has the new pieces
+    num_atoms: Positive = 64
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The donor."""
+        return (self.donor,)
+
+
+METHODS = (
+    PiecesMethod,
+    SameMethod,
+    InheritMethod,
+    NormalMethod,
+    CovarianceMethod,
+    AlignedMethod,
+    ClpMethod,
+    FocusMethod,
+    WechselMethod,
+    OmpMethod,
+)
 METHOD_NAMES: tuple[str, ...] = tuple(
     name for section in METHODS for name in get_args(section.model_fields["method"].annotation)
 )
@@ -86,7 +191,16 @@ def _by_name(value: Any) -> Any:
 
 
 MatrixMethod = Annotated[
-    PiecesMethod | SameMethod | InheritMethod | NormalMethod | CovarianceMethod | ClpMethod,
+    PiecesMethod
+    | SameMethod
+    | InheritMethod
+    | NormalMethod
+    | CovarianceMethod
+    | AlignedMethod
+    | ClpMethod
+    | FocusMethod
+    | WechselMethod
+    | OmpMethod,
     Field(discriminator="method"),
     BeforeValidator(_by_name),
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint import convert, open_checkpoint, verify
 from megatron_cpt.checkpoint.fingerprint import fingerprint
 from megatron_cpt.config.loading import Resolved
-from megatron_cpt.config.manifest import read_json, sha256_json, write_json_atomic, write_text_atomic
+from megatron_cpt.config.manifest import read_json, sha256_file, sha256_json, write_json_atomic, write_text_atomic
 from megatron_cpt.config.schema import (
     DEFAULT_REPLAY,
     DataSource,
@@ -21,7 +22,7 @@ from megatron_cpt.config.schema import (
     ValidationSource,
 )
 from megatron_cpt.config.surgery import CalibrationConfig
-from megatron_cpt.data import DatasetBuild, build_dataset, build_files, calibration_tokens
+from megatron_cpt.data import DatasetBuild, build_dataset, build_files, calibration_tokens, read_documents
 from megatron_cpt.data.world import write_world
 from megatron_cpt.errors import ConfigError, VerificationError
 from megatron_cpt.evaluation import certify, check_certificate, logit_parity
@@ -32,7 +33,7 @@ from megatron_cpt.pipeline.vocabulary import adapt_tokenizer
 from megatron_cpt.reporting.report import REPORT_JSON, REPORT_MD
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.lock import lock_folder
-from megatron_cpt.surgery import SurgeryPlan, Tokenizers, apply_surgery, calibrate, plan_surgery
+from megatron_cpt.surgery import Inputs, SurgeryPlan, apply_surgery, calibrate, plan_surgery
 from megatron_cpt.tokenizer import VocabMap, load_tokenizer, train_tokenizer
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.job import run_job
@@ -201,8 +202,8 @@ class Run:
 
         def operate() -> dict[str, Any]:
             vocab_map = VocabMap.load(paths.tokenizer / "vocab_map.json")
-            tokenizers = Tokenizers(load_tokenizer(paths.base_tokenizer), load_tokenizer(paths.tokenizer))
-            plan = plan_surgery(vocab_map, surgery.embedding, surgery.head, tokenizers)
+            inputs = Inputs(load_tokenizer(paths.base_tokenizer), load_tokenizer(paths.tokenizer), self._texts)
+            plan = plan_surgery(vocab_map, surgery.embedding, surgery.head, inputs)
             facts: dict[str, Any] = {}
             if surgery.calibration is not None:
                 plan, facts["calibration"] = self._calibrated(plan, surgery.calibration)
@@ -225,6 +226,7 @@ class Run:
         names = (surgery.embedding.method, surgery.head.method)
         title = "vocabulary surgery: {} for the embedding, {} for the head".format(*names)
         settings = {**surgery.model_dump(), "seq_length": self.config.train.batch.seq_length}
+        settings["read"] = self._hashes_of_surgery()
         needs = ("text", "base_tokenizer", "base", "tokenizer", "shards")
         self.steps.add("surgery", title, settings, needs, operate, makes=(paths.surgery,))
 
@@ -238,6 +240,26 @@ class Run:
         )
         base, device = open_checkpoint(self.paths.base_model), current_device().torch_device()
         return calibrate(plan, base, take, counts, settings, device=device)
+
+    def _texts(self, files: Sequence[str], side: str) -> Iterator[str]:
+        """Texts that a method of surgery reads; the run's own where it names none."""
+        own = self.source if side == "source" else self.target
+        documents = read_documents(files, self.config.data.text_field) if files else own.train()
+        return (document.text for document in documents)
+
+    def _hashes_of_surgery(self) -> dict[str, str]:
+        """Of the files and models that the methods of surgery read beside what the run makes.
+
+        Raises:
+            ConfigError: one of them is missing.
+        """
+        methods = (self.config.surgery.embedding, self.config.surgery.head)
+        files = {file for method in methods for file in method.files}
+        for file in sorted(files):
+            if not Path(file).is_file():
+                raise ConfigError(f"{file} does not exist; surgery names it as text to read")
+        models = {model for method in methods for model in method.models}
+        return {file: sha256_file(file) for file in files} | {model: fingerprint(model) for model in models}
 
     def _shards(self) -> None:
         paths = self.paths

@@ -10,17 +10,17 @@ from __future__ import annotations
 from megatron_cpt.surgery.apply import apply_surgery
 from megatron_cpt.surgery.calibration import calibrate
 from megatron_cpt.surgery.matrix import MatrixPlan, RowMaker
-from megatron_cpt.surgery.methods import METHOD_NAMES, Tokenizers
+from megatron_cpt.surgery.methods import METHOD_NAMES, Inputs
 from megatron_cpt.surgery.plan import SurgeryPlan, plan_surgery
 from megatron_cpt.surgery.row_mix import RowMix
 
 __all__ = [
     "METHOD_NAMES",
+    "Inputs",
     "MatrixPlan",
     "RowMaker",
     "RowMix",
     "SurgeryPlan",
-    "Tokenizers",
     "apply_surgery",
     "calibrate",
     "plan_surgery",

@@ -119,6 +119,8 @@ class MatrixPlan:
         similarity: rows made from many old rows.
         match_norm: new rows are scaled to the mean norm of the old rows.
         adjustment: applied to new rows at the end.
+        fallback: those of the new rows, int64, ascending, that the method could not make, so that they are the
+            mean of old pieces; None where that cannot happen.
     """
 
     mix: RowMix
@@ -128,6 +130,7 @@ class MatrixPlan:
     similarity: SimilarityMix | None = None
     match_norm: bool = False
     adjustment: Adjustment | None = None
+    fallback: Tensor | None = None
 
     def kept_only(self) -> MatrixPlan:
         """The plan for what accompanies the matrix in an optimizer: kept rows move along, new ones are zero."""
@@ -143,7 +146,8 @@ class MatrixPlan:
         if self.similarity is not None and bool((self.similarity.rows == new_row).any()):
             return {"similarity": self.similarity.rule, "old_rows": len(self.similarity.old_rows)}
         old_ids, weights = self.mix.row(new_row)
-        return {"old_ids": old_ids, "weights": weights}
+        fell_back = self.fallback is not None and bool((self.fallback == new_row).any())
+        return {"old_ids": old_ids, "weights": weights} | ({"fallback": "mean of pieces"} if fell_back else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but `method`, as named tensors."""
@@ -159,6 +163,8 @@ class MatrixPlan:
             found |= {"similarity.rows": made.rows, "similarity.old_rows": made.old_rows}
             found |= {"similarity.new_vectors": made.new_vectors_RE, "similarity.old_vectors": made.old_vectors_OE}
             found["similarity.rule"] = torch.tensor([get_args(Rule).index(made.rule)], dtype=torch.int64)
+        if self.fallback is not None:
+            found["fallback"] = self.fallback
         if self.adjustment is not None:
             last = self.adjustment
             found["adjustment.scale"] = torch.tensor([last.scale], dtype=torch.float64)
@@ -189,7 +195,8 @@ class MatrixPlan:
             parts = {name: tensors[f"adjustment.{part}"] for part, name in _ADJUSTMENT.items()}
             adjustment = Adjustment(float(tensors["adjustment.scale"]), **parts)
         match_norm = bool(method.get("match_norm", False))
-        plan = cls(mix, tensors["new_rows"], method, tuple(fills), similarity, match_norm, adjustment)
+        fallback = tensors.get("fallback")
+        plan = cls(mix, tensors["new_rows"], method, tuple(fills), similarity, match_norm, adjustment, fallback)
         plan.check()
         return plan
 

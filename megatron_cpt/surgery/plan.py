@@ -24,7 +24,7 @@ from megatron_cpt.config.manifest import (
 from megatron_cpt.config.surgery import Method, PiecesMethod
 from megatron_cpt.errors import InputError
 from megatron_cpt.surgery.matrix import MatrixPlan
-from megatron_cpt.surgery.methods import Tokenizers, make_matrix
+from megatron_cpt.surgery.methods import Inputs, make_matrix
 from megatron_cpt.tokenizer import VocabMap
 from megatron_cpt.tokenizer.vocab_map import Origin
 
@@ -148,7 +148,7 @@ def plan_surgery(
     vocab_map: VocabMap,
     embedding: Method = _DEFAULT,
     head: Method = _DEFAULT,
-    tokenizers: Tokenizers | None = None,
+    inputs: Inputs | None = None,
 ) -> SurgeryPlan:
     """Plan how the two vocabulary matrices follow a change of vocabulary; the base model is not needed.
 
@@ -156,7 +156,7 @@ def plan_surgery(
         vocab_map: where each new id comes from.
         embedding: how rows of new pieces are made in the embedding; by default the mean of the old pieces.
         head: the same for the head.
-        tokenizers: the old and the new one, for methods that read text.
+        inputs: both tokenizers and a reader of texts, for methods that need them.
 
     Raises:
         CptError: what a method needs is missing or does not fit.
@@ -166,7 +166,7 @@ def plan_surgery(
         vocab_map.new_size,
         vocab_map.old_sha256,
         vocab_map.new_sha256,
-        make_matrix(embedding, vocab_map, 0, tokenizers),
-        make_matrix(head, vocab_map, 1, tokenizers),
+        make_matrix(embedding, vocab_map, 0, inputs),
+        make_matrix(head, vocab_map, 1, inputs),
         tuple(entry.origin for entry in vocab_map.entries),
     )

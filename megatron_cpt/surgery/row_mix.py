@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_cpt.errors import CheckpointError, InputError
+
+Row = tuple[Sequence[int] | np.ndarray[Any, Any], Sequence[float] | np.ndarray[Any, Any]]  # old rows and weights
 
 _BLOCK_ROWS = 2048  # bounds the fp32 copy of the rows being mixed
 
@@ -54,20 +59,20 @@ class RowMix:
             )
 
     @classmethod
-    def from_rows(cls, rows: Iterable[tuple[Sequence[int], Sequence[float]]], num_old_rows: int) -> RowMix:
+    def from_rows(cls, rows: Iterable[Row], num_old_rows: int) -> RowMix:
         """Build a mix from one (old row numbers, weights) pair for every new row."""
         indptr: list[int] = [0]
-        indices: list[int] = []
-        weights: list[float] = []
+        indices = array("q")  # 12 bytes an entry where lists take 80: some methods make long rows
+        weights = array("f")
         for row_indices, row_weights in rows:
-            indices.extend(row_indices)
-            weights.extend(row_weights)
+            indices.frombytes(np.asarray(row_indices, np.int64).tobytes())
+            weights.frombytes(np.asarray(row_weights, np.float32).tobytes())
             indptr.append(len(indices))
         return cls(
             num_old_rows,
             torch.tensor(indptr, dtype=torch.int64),
-            torch.tensor(indices, dtype=torch.int64),
-            torch.tensor(weights, dtype=torch.float32),
+            torch.from_numpy(np.array(indices, np.int64)),
+            torch.from_numpy(np.array(weights, np.float32)),
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ from megatron_cpt.cli.console import DryRunOption, JsonOption, SetOption, emit, 
 
 if TYPE_CHECKING:
     from megatron_cpt.config.surgery import Method
+    from megatron_cpt.surgery.methods import ReadTexts
 
 Plan = Annotated[Path, typer.Argument(help="Folder of the plan.")]
 
@@ -24,32 +25,34 @@ def plan(
     embedding: Annotated[str | None, typer.Option(help="The method for the embedding, where it is another.")] = None,
     head: Annotated[str | None, typer.Option(help="The method for the head, where it is another.")] = None,
     settings: SetOption = None,
+    text_field: Annotated[str, typer.Option(help="Field that holds the text, in the corpora of a method.")] = "text",
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a plan: which old rows make each new row. The base model is not needed.
 
-    `--set top_k=5` is for the methods of both matrices, `--set head.top_k=5` for one of them.
+    `--set top_k=5` is for the methods of both matrices, `--set head.top_k=5` for one of them. Methods that read
+    text are given theirs with `--set corpus=FILE` or `--set corpus=[FILE, FILE]`.
     """
     from megatron_cpt.config.folders import check_free
     from megatron_cpt.errors import InputError, TokenizerError
-    from megatron_cpt.surgery import Tokenizers, plan_surgery
+    from megatron_cpt.surgery import Inputs, plan_surgery
     from megatron_cpt.tokenizer import VocabMap, load_tokenizer
 
     of_embedding = _method("embedding", embedding or method, settings or ())
     of_head = _method("head", head or method, settings or ())
     vocab_map = VocabMap.load(new_tokenizer)
-    tokenizers = Tokenizers(load_tokenizer(old_tokenizer), load_tokenizer(new_tokenizer))
+    inputs = Inputs(load_tokenizer(old_tokenizer), load_tokenizer(new_tokenizer), _texts(text_field))
     for name, path, found, expected in (
-        ("old", old_tokenizer, tokenizers.old, vocab_map.old_sha256),
-        ("new", new_tokenizer, tokenizers.new, vocab_map.new_sha256),
+        ("old", old_tokenizer, inputs.old, vocab_map.old_sha256),
+        ("new", new_tokenizer, inputs.new, vocab_map.new_sha256),
     ):
         if found.sha256 != expected:
             raise TokenizerError(
                 f"{path} is not the {name} tokenizer of the vocabulary map in {new_tokenizer}: name the tokenizer that "
                 "was extended, and the folder that the extension wrote"
             )
-    made = plan_surgery(vocab_map, of_embedding, of_head, tokenizers)
+    made = plan_surgery(vocab_map, of_embedding, of_head, inputs)
     if dry_run:
         check_free(output, InputError)
     else:
@@ -101,6 +104,21 @@ def _method(matrix: str, name: str, settings: Sequence[str]) -> Method:
         elif first == matrix:
             layers.override(rest)
     return parse_method(layers.tree)
+
+
+def _texts(text_field: str) -> ReadTexts:
+    def read(files: Sequence[str], side: str) -> Iterator[str]:
+        from megatron_cpt.data import read_documents
+        from megatron_cpt.errors import ConfigError
+
+        if not files:
+            raise ConfigError(
+                f"the method reads text of the {side} language: name it with --set corpus=FILE "
+                f"(wechsel: --set {side}_corpus=FILE)"
+            )
+        return (document.text for document in read_documents(files, text_field))
+
+    return read
 
 
 def _facts(value: dict[str, Any]) -> Any:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from megatron_cpt.config.surgery import CovarianceMethod, InheritMethod, NormalMethod, PiecesMethod, SameMethod
 from megatron_cpt.surgery.matrix import Fill, MatrixPlan
-from megatron_cpt.surgery.methods.rows import Row, Task, numbers
+from megatron_cpt.surgery.methods.rows import Task, numbers
+from megatron_cpt.surgery.row_mix import Row
 
 
 def of_pieces(task: Task, method: PiecesMethod) -> MatrixPlan:
@@ -51,9 +52,7 @@ def inherited(task: Task, method: InheritMethod) -> MatrixPlan:
     Deviates: ids beyond the old size do not occur there.
     """
     old_size = task.vocab_map.old_size
-    return task.plan(
-        {id: ((id,), (1.0,)) if id < old_size else _weighted(task.cut(id), "mean") for id in task.new_rows}
-    )
+    return task.plan({id: ((id,), (1.0,)) if id < old_size else task.mean_of_pieces(id) for id in task.new_rows})
 
 
 def drawn(task: Task, method: NormalMethod | CovarianceMethod) -> MatrixPlan:

@@ -1,24 +1,21 @@
-"""What all methods share: which rows are to be made, and how the others are kept."""
+"""What all methods share: which rows are to be made, how the others are kept, and what stands in for a row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_cpt.config.surgery import Method
 from megatron_cpt.surgery.matrix import Fill, MatrixPlan, SimilarityMix
-from megatron_cpt.surgery.row_mix import RowMix
+from megatron_cpt.surgery.methods.inputs import Inputs
+from megatron_cpt.surgery.row_mix import Row, RowMix
 from megatron_cpt.tokenizer import VocabMap
-
-if TYPE_CHECKING:
-    from megatron_cpt.surgery.methods import Tokenizers
-
-Row = tuple[Sequence[int], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,14 @@ class Task:
     vocab_map: VocabMap
     method: Method
     matrix: int
-    tokenizers: Tokenizers | None = None
+    given: Inputs | None = None
+
+    @property
+    def inputs(self) -> Inputs:
+        """Tokenizers and texts."""
+        if self.given is None:
+            raise ValueError("this method reads texts or pieces: give plan_surgery its Inputs")
+        return self.given
 
     @cached_property
     def new_rows(self) -> list[int]:
@@ -47,6 +51,11 @@ class Task:
         entry = self.vocab_map.entries[new_id]
         return entry.old_pieces if entry.old_id is None else (entry.old_id,)
 
+    def mean_of_pieces(self, new_id: int) -> Row:
+        """The mean of the old pieces of a new id's surface."""
+        pieces = self.cut(new_id)
+        return pieces, [1.0 / len(pieces)] * len(pieces)
+
     def plan(
         self, rows: Mapping[int, Row], fills: Sequence[Fill] = (), similarity: SimilarityMix | None = None
     ) -> MatrixPlan:
@@ -64,6 +73,25 @@ class Task:
         new_rows = numbers(self.new_rows)
         filled = tuple(fill for fill in fills if len(fill.rows))
         return MatrixPlan(mix, new_rows, settings, filled, similarity, self.method.match_norm)
+
+    def plan_or_fall_back(
+        self,
+        rows: Mapping[int, Row],
+        facts: Mapping[str, Any] = MappingProxyType({}),
+        similarity: SimilarityMix | None = None,
+    ) -> MatrixPlan:
+        """A plan in which new rows that nothing makes are the mean of their old pieces, counted and named.
+
+        Args:
+            rows: those that the method could make.
+            facts: what there is to say about how they were made; stands with the settings.
+            similarity: others that it could make.
+        """
+        elsewhere = set() if similarity is None else set(similarity.rows.tolist())
+        missing = [id for id in self.new_rows if id not in rows and id not in elsewhere]
+        plan = self.plan({**rows, **{id: self.mean_of_pieces(id) for id in missing}}, (), similarity)
+        method = {**plan.method, "fallback_rows": len(missing), **facts}
+        return replace(plan, method=method, fallback=numbers(missing))
 
 
 def numbers(values: Sequence[int]) -> Tensor:

@@ -1,78 +1,39 @@
-"""Methods that weigh the old rows of shared pieces by the similarity of vectors.
+"""From vectors to weights: the shared pieces that a new piece is like, and how much of each.
 
-The vectors come from elsewhere (a helper model, static vectors); what is here turns them into weights, in
-blocks of new rows, so that no matrix of all similarities is held.
+Similarities are made for a block of new pieces, used and dropped, so that no matrix of all of them is held.
+Each product is computed by one thread, several at a time: the number of threads never changes a bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_cpt.checkpoint import open_hf
-from megatron_cpt.checkpoint.llama import EMBEDDING
-from megatron_cpt.checkpoint.tokenizer_files import recorded_tokenizer
-from megatron_cpt.config.surgery import ClpMethod
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.surgery.matrix import MatrixPlan, Rule, SimilarityMix
-from megatron_cpt.surgery.methods.rows import Row, Task, numbers
+from megatron_cpt.surgery.row_mix import Row
 
-_BLOCK_ELEMENTS = 1 << 24  # similarities held at once
-
-
-def clp(task: Task, method: ClpMethod) -> MatrixPlan:
-    """CLP-Transfer: row(v) = sum over shared pieces u of w(v, u) * old_row(u), h the helper's input embedding.
-
-    topk: w = softmax over the `top_k` largest cos(h_v, h_u) of cos / temperature. clamped: w = max(0, cos) over
-    their sum. published: w = cos over the sum of all cosines.
-
-    Source: Ostendorff and Rehm 2023 (arXiv 2301.09626), equation 1.
-    Deviates: both matrices are written, not the input's alone; topk and clamped are ours: with a helper that
-    has as many negative cosines as positive ones the published weights have no bound.
-
-    Raises:
-        CheckpointError: the helper is not a model of the new tokenizer.
-    """
-    vectors = unit(helper_rows(Path(method.helper), task))
-    shared_new, shared_old = task.shared
-    if method.form == "topk":
-        best = topk_weights(
-            vectors[numbers(task.new_rows)], vectors[numbers(shared_new)], method.top_k, method.temperature
-        )
-        rows = {id: ([shared_old[u] for u in place], w) for id, (place, w) in zip(task.new_rows, best, strict=True)}
-        return task.plan(rows)
-    rule: Rule = "clamped" if method.form == "clamped" else "signed"
-    new, old = numbers(task.new_rows), numbers(shared_new)
-    return task.plan({}, (), SimilarityMix(new, numbers(shared_old), vectors[new], vectors[old], rule))
-
-
-def helper_rows(helper: Path, task: Task) -> Tensor:
-    """The input embedding of a helper model, float32, a row for each id of the new vocabulary.
-
-    Raises:
-        CheckpointError: the helper has another tokenizer or fewer rows.
-    """
-    reader = open_hf(helper)
-    recorded, wanted = recorded_tokenizer(helper), task.vocab_map.new_sha256
-    if recorded is not None and recorded != wanted:
-        raise CheckpointError(
-            f"the helper {helper} has another tokenizer ({recorded[:12]}) than the new one ({wanted[:12]}): "
-            "train a helper with the new tokenizer, or name the folder of one"
-        )
-    if reader.vocab_size < task.vocab_map.new_size:
-        raise CheckpointError(
-            f"the helper {helper} has {reader.vocab_size} rows, the new vocabulary {task.vocab_map.new_size}: "
-            "name a helper that was trained with the new tokenizer"
-        )
-    return reader.read_rows(EMBEDDING, 0, task.vocab_map.new_size).float()
+_BLOCK_ELEMENTS = 1 << 24  # similarities that a thread holds
+_MAX_THREADS = 8
+_FIRST_SUPPORT = 64
+Part = TypeVar("Part")
+Made = TypeVar("Made")
 
 
 def unit(vectors_NE: Tensor) -> Tensor:
-    """Rows of length 1; a row of zeros stays."""
-    return vectors_NE / vectors_NE.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    """Rows of length 1; a row of zeros stays.
+
+    Raises:
+        CheckpointError: a row is not finite.
+    """
+    length = vectors_NE.norm(dim=1, keepdim=True)
+    if not bool(length.isfinite().all()):
+        first = int((~length.flatten().isfinite()).nonzero()[0])
+        raise CheckpointError(f"the vector of row {first} is not finite: the model it is from is damaged")
+    return vectors_NE / length.clamp(min=1e-30)
 
 
 def topk_weights(new_NE: Tensor, old_OE: Tensor, top_k: int, temperature: float) -> Iterator[Row]:
@@ -83,14 +44,69 @@ def topk_weights(new_NE: Tensor, old_OE: Tensor, top_k: int, temperature: float)
     Yields:
         (places, weights), in the order of the new vectors.
     """
-    top_k = min(top_k, len(old_OE))
-    for block in similarities(new_NE, old_OE):
-        best, places = block.topk(top_k)
-        weights = torch.softmax(best.double() / temperature, dim=1).float()
-        yield from zip(places.tolist(), weights.tolist(), strict=True)
+    count = min(top_k, len(old_OE))
+
+    def best(block_BE: Tensor) -> tuple[Tensor, Tensor]:
+        cosines, places = (block_BE @ old_OE.T).topk(count)
+        return places, torch.softmax(cosines.double() / temperature, dim=1).float()
+
+    for places, weights in in_blocks(best, row_blocks(new_NE, len(old_OE))):
+        yield from zip(places.numpy(), weights.numpy(), strict=True)
 
 
-def similarities(new_NE: Tensor, old_OE: Tensor) -> Iterator[Tensor]:
-    """Blocks of new_NE @ old_OE.T, in order."""
-    for block_NE in new_NE.split(max(1, _BLOCK_ELEMENTS // max(1, len(old_OE)))):
-        yield block_NE @ old_OE.T
+def sparsemax_weights(new_NE: Tensor, old_OE: Tensor) -> Iterator[Row]:
+    """For each new vector the places and weights of sparsemax over its cosines to all old ones.
+
+    sparsemax(z) is the point of the simplex next to z: max(0, z_u - t), with t such that the sum is 1. Both
+    sides are unit vectors. The result is exact, and only as long as the support: t needs the largest cosines
+    alone, as many as are found to be in it.
+
+    Source: Martins and Astudillo 2016 (arXiv 1602.02068), algorithm 1.
+
+    Yields:
+        (places, weights), the largest first, in the order of the new vectors.
+    """
+
+    def supports(block_BE: Tensor) -> list[Row]:
+        cosines = block_BE @ old_OE.T
+        found: list[Row] = [((), ())] * len(cosines)
+        waiting, count = torch.arange(len(cosines)), min(_FIRST_SUPPORT, len(old_OE))
+        while len(waiting):
+            largest, places = cosines[waiting].topk(count)
+            ordered = largest.double()
+            ranks = torch.arange(1, count + 1)
+            sums = ordered.cumsum(1)
+            size = (1 + ranks * ordered > sums).sum(1)
+            done = (size < count) | (count == len(old_OE))
+            threshold = (sums.gather(1, size[:, None] - 1) - 1) / size[:, None]
+            weights = (ordered - threshold).float().numpy()
+            for row in done.nonzero().flatten().tolist():
+                length = int(size[row])
+                found[int(waiting[row])] = (places[row, :length].numpy(), weights[row, :length])
+            waiting, count = waiting[~done], min(4 * count, len(old_OE))
+        return found
+
+    for rows in in_blocks(supports, row_blocks(new_NE, len(old_OE))):
+        yield from rows
+
+
+def row_blocks(vectors_NE: Tensor, num_columns: int) -> Sequence[Tensor]:
+    """Rows in blocks whose product with `num_columns` others a thread may hold."""
+    return vectors_NE.split(max(1, _BLOCK_ELEMENTS // max(1, num_columns)))
+
+
+def in_blocks(make: Callable[[Part], Made], parts: Iterable[Part]) -> Iterator[Made]:
+    """`make` of each part, in order; as many at a time as torch has threads, each computed by one.
+
+    A product's last bits may follow the number of threads that share it. So none is shared.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if threads == 1:
+            yield from map(make, parts)
+            return
+        with ThreadPoolExecutor(min(threads, _MAX_THREADS)) as pool:
+            yield from pool.map(make, parts)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,138 @@
+"""A vector for each piece of a vocabulary, from the pieces that stand around it in text."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from megatron_cpt.config.surgery import VectorsMethod
+from megatron_cpt.errors import InputError
+from megatron_cpt.surgery.methods.inputs import Reading
+from megatron_cpt.surgery.methods.pairs import Array, PairCounts
+from megatron_cpt.surgery.methods.similarity import in_blocks
+from megatron_cpt.surgery.random_rows import normal_rows
+from megatron_cpt.tokenizer import Tokenizer
+
+_SMOOTHING = 0.75  # of context frequencies: rare contexts would otherwise look telling
+_SPARE = 16  # columns beyond the wanted ones, and rounds of the subspace iteration
+_ROUNDS = 4
+_BLOCK_ROWS = 2048
+_THREADS = 8
+
+
+def static_vectors(tokenizer: Tokenizer, reading: Reading, method: VectorsMethod) -> Tensor:
+    """Unit vectors of pieces, such that pieces with like surroundings are near each other.
+
+    PPMI(v, c) = max(0, log(n(v, c) * sum of f^0.75 / (f(v) * f(c)^0.75))), n counts c within `window` pieces of
+    v, nearer ones more (window, ..., 2, 1), f its sums; the vector is v's row of U * sqrt(S), with U S V' the
+    singular value decomposition of PPMI, cut to `dimension`. Skip-gram with negative sampling factorises the same
+    matrix, less log k.
+
+    Source: Levy and Goldberg 2014, "Neural word embedding as implicit matrix factorization"; smoothing and square
+    root: Levy, Goldberg and Dagan 2015; the decomposition by subspace iteration: Halko, Martinsson and Tropp 2011
+    (arXiv 0909.4061), algorithm 4.4.
+    Deviates: no rounds of stochastic training, so the result is the same every time.
+
+    Args:
+        tokenizer: what cuts the texts.
+        reading: the texts.
+        method: dimension, window, and how often a piece must occur.
+
+    Returns:
+        float32, a row for each id; zero for pieces that occur fewer than `min_count` times.
+
+    Raises:
+        InputError: no piece occurs so often.
+    """
+    occurrences, pairs = _count(tokenizer, reading, method.window)
+    first, second, count = pairs.found()
+    frequent = occurrences >= method.min_count
+    kept = frequent[first] & frequent[second]
+    known = np.flatnonzero(frequent)
+    if not len(known) or not kept.any():
+        raise InputError(
+            f"no piece of {tokenizer.path} occurs {method.min_count} times beside another: give more text, or a "
+            "smaller min_count"
+        )
+    place = np.cumsum(frequent) - 1
+    left = _factor(place[first[kept]], place[second[kept]], count[kept], len(known), method.dimension)
+    vectors = torch.zeros(tokenizer.vocab_size, left.shape[1])
+    vectors[torch.from_numpy(known)] = left / left.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return vectors
+
+
+def _count(tokenizer: Tokenizer, reading: Reading, window: int) -> tuple[Array, PairCounts]:
+    """How often each piece occurs; how often two stand together, the smaller id first, weighted by nearness."""
+    size = tokenizer.vocab_size
+    occurrences = np.zeros(size, np.int64)
+    pairs = PairCounts(size)
+    gap = [-1] * window  # between texts, so that no pair spans two
+    for texts in reading:
+        flat = np.array([id for ids in tokenizer.encode_batch(texts, _THREADS) for id in (*ids, *gap)], np.int64)
+        occurrences += np.bincount(flat[flat >= 0], minlength=size)
+        for distance in range(1, window + 1):
+            near, far = flat[:-distance], flat[distance:]
+            inside = (near >= 0) & (far >= 0)
+            near, far = near[inside], far[inside]
+            pairs.add(np.minimum(near, far), np.maximum(near, far), window + 1 - distance)
+    return occurrences, pairs
+
+
+def _factor(first: Array, second: Array, count: Array, size: int, dimension: int) -> Tensor:
+    """U * sqrt(S) of the PPMI of symmetric counts, given as pairs with first <= second."""
+    other = first != second
+    rows, columns = np.concatenate([first, second[other]]), np.concatenate([second, first[other]])
+    # Two of a kind beside each other are each the other's context.
+    values = np.concatenate([np.where(other, count, 2 * count), count[other]]).astype(np.float64)
+    order = np.argsort(rows * size + columns)
+    rows, columns, values = rows[order], columns[order], values[order]
+    frequency = np.bincount(rows, values, size).clip(min=1e-30)
+    smoothed = _SMOOTHING * np.log(frequency)
+    smoothed -= np.log(np.exp(smoothed).sum())
+    log_count, log_frequency = np.log(values), np.log(frequency)
+    starts = torch.from_numpy(np.searchsorted(rows, np.arange(size + 1)))
+    straight = _Sparse(starts, columns, log_count - log_frequency[rows] - smoothed[columns])
+    turned = _Sparse(starts, columns, log_count - log_frequency[columns] - smoothed[rows])  # its transpose
+    width = min(dimension, size)
+    basis = straight.times(normal_rows(1, 0, range(size), min(width + _SPARE, size)))
+    for _ in range(_ROUNDS):
+        basis = straight.times(_orthonormal(turned.times(_orthonormal(basis))))
+    basis = _orthonormal(basis)
+    # PPMI ~ basis @ small', and small = Q R; so with R = P S T' it is (basis @ T) S (Q P)'.
+    small = turned.times(basis).double()
+    ((_, values, turns),) = in_blocks(lambda tall: torch.linalg.svd(torch.linalg.qr(tall, mode="r").R), [small])
+    return ((basis.double() @ turns[:width].T) * values[:width].sqrt()).float()
+
+
+class _Sparse:
+    """A sparse matrix whose negative entries count as 0, times thin dense ones."""
+
+    def __init__(self, starts: Tensor, columns: Array, values: Array) -> None:
+        self.starts = starts
+        self.columns = torch.from_numpy(columns.astype(np.int64))
+        self.values = torch.from_numpy(values.clip(min=0).astype(np.float32))
+
+    def times(self, dense: Tensor) -> Tensor:
+        """The product; every row is summed by one thread in the order of the columns."""
+
+        def rows(first: int) -> Tensor:
+            starts = self.starts[first : first + _BLOCK_ROWS + 1]
+            span = slice(int(starts[0]), int(starts[-1]))
+            inside = starts - starts[0]
+            return embedding_bag(
+                self.columns[span],
+                dense,
+                inside,
+                mode="sum",
+                per_sample_weights=self.values[span],
+                include_last_offset=True,
+            )
+
+        return torch.cat(list(in_blocks(rows, range(0, len(self.starts) - 1, _BLOCK_ROWS))))
+
+
+def _orthonormal(tall: Tensor) -> Tensor:
+    (basis,) = in_blocks(lambda matrix: torch.linalg.qr(matrix.double()).Q.float(), [tall])
+    return basis
