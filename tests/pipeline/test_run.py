@@ -40,6 +40,7 @@ TINY = [
     "base.train.num_processes=1",
     "base.train.optimizer.warmup_steps=0",
     "tokenizer.num_pieces=900",
+    "surgery.embedding=aligned",
     "train.train_steps=4",
     "train.optimizer.warmup_steps=1",
     "train.eval_interval_steps=2",
@@ -85,6 +86,13 @@ def test_report_has_every_field(run: Path) -> None:
     text = (run / "report.md").read_text()
     assert f"| ja | {report['bits_per_byte']['ja']['base']:.4f} |" in text
     assert (run / "bits_per_byte.png").stat().st_size > 10_000
+
+
+def test_surgery_reads_the_texts_that_are_trained_on(run: Path) -> None:
+    methods = json.loads((run / "surgery" / "plan" / "plan.json").read_text())["methods"]
+    texts = json.loads((run / "steps" / "text.json").read_text())["facts"]["ja"]
+    assert methods["embedding"]["method"] == "aligned" and methods["head"]["method"] == "mean"
+    assert methods["embedding"]["corpus"]["texts"] == texts["train_documents"]
 
 
 def test_scores_are_those_of_training(run: Path) -> None:
@@ -307,6 +315,9 @@ def test_malformed_line_is_refused_before_training(
     assert main(own_files_words(tmp_path / "none", {**own_files, "ja": tmp_path / "missing.jsonl"})) == 2
     assert "missing.jsonl does not exist" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+    corpus = f"surgery.head={{method: focus, corpus: {tmp_path / 'missing.txt'}}}"
+    assert main(words(tmp_path / "out2", corpus)) == 2
+    assert "missing.txt does not exist; surgery names it" in capsys.readouterr().err
 
 
 def test_killed_in_the_middle_it_goes_on(run: Path, tmp_path: Path) -> None:

@@ -63,3 +63,26 @@ def test_exit_codes(
         assert main(["surgery", *words]) == 2
         assert capsys.readouterr().err.startswith("error:")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_that_read_text(
+    old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.jsonl"
+    one.write_text("the river runs past a quiet town\n\n" * 12)
+    two.write_text("".join(json.dumps({"body": "静かな川が町を流れて the river town\n"}) + "\n" for _ in range(12)))
+    words = ["--old-tokenizer", old_tokenizer, "--new-tokenizer", new_tokenizer, "--output", tmp_path / "plan"]
+    sizes = ["--set", "min_count=3", "--set", "dimension=2", "--text-field", "body", "--dry-run"]
+    for method, corpora in (
+        ("aligned", [f"corpus={two}"]),
+        ("focus", [f"corpus=[{one}, {two}]"]),
+        ("wechsel", [f"source_corpus={one}", f"target_corpus=[{two}]"]),
+    ):
+        given = [word for corpus in corpora for word in ("--set", corpus)]
+        facts = run(capsys, "plan", *words, "--method", method, *given, *(sizes if method != "aligned" else sizes[4:]))
+        made = facts["methods"]["head"]
+        assert made["fallback_rows"] < facts["rows"]["new"]
+        read = made["target_corpus" if method == "wechsel" else "corpus"]
+        assert read["texts"] == (24 if method == "focus" else 12)
+        assert main(["surgery", "plan", *map(str, words), "--method", method]) == 2
+        assert "name it with --set corpus=FILE" in capsys.readouterr().err
