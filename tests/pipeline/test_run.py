@@ -90,9 +90,10 @@ def test_report_has_every_field(run: Path) -> None:
 
 def test_surgery_reads_the_texts_that_are_trained_on(run: Path) -> None:
     methods = json.loads((run / "surgery" / "plan" / "plan.json").read_text())["methods"]
-    texts = json.loads((run / "steps" / "text.json").read_text())["facts"]["ja"]
+    texts = [json.loads(line)["text"] for line in (run / "text" / "ja.train.jsonl").read_text().splitlines()]
     assert methods["embedding"]["method"] == "aligned" and methods["head"]["method"] == "mean"
-    assert methods["embedding"]["corpus"]["texts"] == texts["train_documents"]
+    read = methods["embedding"]["corpus"]
+    assert (read["texts"], read["bytes"]) == (len(texts), sum(len(text.encode()) for text in texts))
 
 
 def test_scores_are_those_of_training(run: Path) -> None:
