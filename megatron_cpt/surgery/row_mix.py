@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from megatron_cpt.errors import CheckpointError, InputError
 
 Row = tuple[Sequence[int] | np.ndarray[Any, Any], Sequence[float] | np.ndarray[Any, Any]]  # old rows and weights
 
-_BLOCK_ROWS = 2048  # bounds the fp32 copy of the rows being mixed
+_BLOCK_ROWS = 2048  # new rows, and columns of the old ones, that are in fp32 at a time
+_BLOCK_COLUMNS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +140,15 @@ class RowMix:
     def mixed(self, old_VD: Tensor, new_rows: Tensor) -> Tensor:
         """Weighted sums in fp32 of some new rows (int64 row numbers)."""
         first, count = self.indptr[new_rows], self.indptr[new_rows + 1] - self.indptr[new_rows]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
+        at = torch.arange(int(starts[-1])) + torch.repeat_interleave(first - starts[:-1], count)
+        used, places = self.indices[at].unique(return_inverse=True)
+        used, places, starts, weights = (part.to(old_VD.device) for part in (used, places, starts, self.weights[at]))
         total = torch.zeros(len(new_rows), old_VD.shape[1], dtype=torch.float32, device=old_VD.device)
-        for place in range(int(count.max()) if len(count) else 0):
-            having = torch.nonzero(count > place).flatten()
-            at = first[having] + place
-            terms = old_VD.index_select(0, self.indices[at].to(old_VD.device)).float()
-            total[having.to(old_VD.device)] += terms * self.weights[at, None].to(old_VD.device)
+        for column in range(0, old_VD.shape[1] if len(at) else 0, _BLOCK_COLUMNS):
+            columns = slice(column, column + _BLOCK_COLUMNS)
+            table = old_VD[:, columns].index_select(0, used).float()
+            total[:, columns] = embedding_bag(
+                places, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+            )
         return total
