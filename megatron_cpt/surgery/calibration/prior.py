@@ -23,7 +23,7 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.surgery.matrix import Adjustment, MatrixPlan
 
 _RIDGE = 0.1  # of the mean square of a hidden state's elements
-_FITTED_ELEMENTS = 1 << 24  # logits of new rows held while the three numbers are fitted
+_FITTED_ELEMENTS = 1 << 22  # logits of new rows held while the three numbers are fitted
 _ROUNDS = 30
 
 
