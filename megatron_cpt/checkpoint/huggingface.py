@@ -33,7 +33,9 @@ Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor | Iterable[
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
+    """Where a tensor lies."""
+
     path: Path
     offset: int
     shape: tuple[int, ...]
@@ -57,7 +59,9 @@ class HFReader:
         self.folder = folder
         self.config: dict[str, Any] = read_json(file_inside(folder, CONFIG), CheckpointError)
         self.llama, self.vocab_size = parse_hf_config(self.config, str(folder / CONFIG))
-        self._tensors = _index(folder)
+        # By file, what it holds: also copies and constants that are no tensors of the model.
+        self.files = _index(folder)
+        self._tensors = {name: stored for held in self.files.values() for name, stored in held.items()}
         self._match_config()
 
     def _match_config(self) -> None:
@@ -117,7 +121,7 @@ class HFReader:
             stored.path, stored.offset + start * num_bytes(row, stored.dtype), (stop - start, *row), stored.dtype
         )
 
-    def _stored(self, name: str) -> _Stored:
+    def _stored(self, name: str) -> Stored:
         if name not in self._tensors:
             raise CheckpointError(f"{self.folder}: there is no tensor {name!r}")
         return self._tensors[name]
@@ -129,8 +133,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _index(folder: Path) -> dict[str, _Stored]:
-    """Name -> place of every tensor of the folder, headers checked."""
+def _index(folder: Path) -> dict[str, dict[str, Stored]]:
+    """File -> name -> place of every tensor of the folder, headers checked."""
     if (folder / INDEX).exists():
         index = read_json(file_inside(folder, INDEX), CheckpointError)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -143,19 +147,21 @@ def _index(folder: Path) -> dict[str, _Stored]:
             f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read, "
             "save the model as safetensors first"
         )
-    tensors: dict[str, _Stored] = {}
+    tensors: set[str] = set()
+    held: dict[str, dict[str, Stored]] = {}
     files = sorted(set(weight_map.values())) if weight_map is not None else [WEIGHTS]
     for file, path in [(file, file_inside(folder, file)) for file in files]:  # all names are checked first
-        for name, stored in _read_header(path).items():
+        held[file] = _read_header(path)
+        for name in held[file]:
             if name in tensors or (weight_map is not None and weight_map.get(name) != file):
                 raise CheckpointError(
                     f"{folder}: {name} lies in {file} but not, or not only, by {INDEX}; the files are mixed up"
                 )
-            tensors[name] = stored
-    lost = sorted(set(weight_map or ()) - tensors.keys())
+            tensors.add(name)
+    lost = sorted(set(weight_map or ()) - tensors)
     if lost:
         raise CheckpointError(f"{folder}: {INDEX} names {_some(lost)}, which no file holds; copy the model again")
-    return tensors
+    return held
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def _read_header(path: Path) -> dict[str, Stored]:
     """The header of one safetensors file: offsets must cover the data exactly, without overlap."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -194,7 +200,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     return entries
 
 
-def _parse_entry(entry: dict[str, Any], data_start: int, path: Path) -> _Stored:
+def _parse_entry(entry: dict[str, Any], data_start: int, path: Path) -> Stored:
     shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
     begin, end = offsets
     if kind not in DTYPES:
@@ -203,7 +209,7 @@ def _parse_entry(entry: dict[str, Any], data_start: int, path: Path) -> _Stored:
         raise ValueError("sizes and offsets must be integers of 0 or more")
     if end - begin != num_bytes(tuple(shape), DTYPES[kind]):
         raise ValueError(f"{end - begin} bytes for shape {shape} in {kind}")
-    return _Stored(path, data_start + begin, tuple(shape), DTYPES[kind])
+    return Stored(path, data_start + begin, tuple(shape), DTYPES[kind])
 
 
 def write_hf(
@@ -247,7 +253,7 @@ def write_hf(
     )
     try:
         for file_name, shard in zip(names, shards, strict=True):
-            for name, written in _write_shard(folder / (file_name + PARTIAL), shard, digest):
+            for name, written in write_shard(folder / (file_name + PARTIAL), shard, digest):
                 done += written
                 weight_map[name] = file_name
                 if on_progress is not None:
@@ -286,9 +292,9 @@ def _plan_shards(folder: Path, entries: list[Entry], max_shard_bytes: int) -> li
     return shards
 
 
-def _write_shard(path: Path, shard: list[Entry], digest: WeightsDigest) -> Iterator[tuple[str, int]]:
+def write_shard(path: Path, shard: list[Entry], digest: WeightsDigest) -> Iterator[tuple[str, int]]:
     """Write one safetensors file; yields (name, bytes) after each tensor."""
-    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    kinds = {torch.int64: "I64", **{dtype: kind for kind, dtype in DTYPES.items()}}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape, dtype, _ in shard:

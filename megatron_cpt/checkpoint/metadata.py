@@ -1,4 +1,4 @@
-"""`.metadata` of a `torch_dist` checkpoint: read without running anything, checked against the files.
+"""`.metadata` of a `torch_dist` checkpoint: read without running anything, checked against the files; and written.
 
 The file is a pickle. Here every class it may name becomes an inert record that only keeps what the
 pickle says; any other name is refused. Nothing of torch or of the checkpoint is executed.
@@ -7,9 +7,10 @@ pickle says; any other name is refused. Nothing of torch or of the checkpoint is
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -51,6 +52,15 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
 
+@dataclass(frozen=True)
+class StoredObject:
+    """Anything else of the checkpoint that is not a tensor, and the bytes of the file that hold it."""
+
+    file: str
+    start: int
+    length: int
+
+
 class _Record:
     """Stands in for a class that the pickle names: keeps arguments and state, runs nothing."""
 
@@ -84,10 +94,15 @@ def read_metadata(folder: Path, wanted: Any) -> dict[str, StoredTensor]:
         CheckpointError: the index is damaged or hostile, names a file that is missing, too short or
             outside the folder, or its chunks overlap or leave something out.
     """
+    return read_index(folder, wanted)[0]
+
+
+def read_index(folder: Path, wanted: Any) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
+    """The tensors and the other objects of a checkpoint whose key satisfies `wanted`; see `read_metadata`."""
     path = file_inside(folder, METADATA)
     try:
         root = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        tensors = dict(_parse(root, wanted))
+        tensors, objects = _parse(root, wanted)
     except Exception as caught:  # a damaged pickle can fail in any way
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint's index: {caught}; do not use this file"
@@ -104,7 +119,31 @@ def read_metadata(folder: Path, wanted: Any) -> dict[str, StoredTensor]:
                     f"{chunk.start + chunk.length} of {chunk.file}, which has {sizes[chunk.file]}; it was cut short"
                 )
     _check_bytes(folder, tensors)
-    return tensors
+    return tensors, objects
+
+
+def write_index(folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject]) -> None:
+    """Write `.metadata`, as torch and megatron-core read it, and bring it to disk; the files are there already."""
+    from torch.distributed.checkpoint import metadata as dcp  # slow to import, and only writing needs it
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    described: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    for key, tensor in tensors.items():
+        boxes = []
+        for number, chunk in enumerate(tensor.chunks):
+            place = _StorageInfo(chunk.file, chunk.start, chunk.length)
+            places[dcp.MetadataIndex(key, torch.Size(chunk.offset), number)] = place
+            boxes.append(dcp.ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)))
+        properties = dcp.TensorProperties(dtype=tensor.dtype)
+        described[key] = dcp.TensorStorageMetadata(properties, torch.Size(tensor.size), boxes)
+    for key, held in objects.items():
+        described[key] = dcp.BytesStorageMetadata()
+        places[dcp.MetadataIndex(key)] = _StorageInfo(held.file, held.start, held.length)
+    with open(folder / METADATA, "wb") as file:
+        pickle.dump(dcp.Metadata(state_dict_metadata=described, storage_data=places), file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_cover(key: str, size: Sequence[int], boxes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
@@ -153,7 +192,9 @@ def _same_box(saved: tuple[int, ...], size: tuple[int, ...]) -> bool:
     return saved == size or (1, *saved) == size
 
 
-def _parse(root: Any, wanted: Any) -> Iterator[tuple[str, StoredTensor]]:
+def _parse(root: Any, wanted: Any) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
+    tensors: dict[str, StoredTensor] = {}
+    objects: dict[str, StoredObject] = {}
     places: dict[tuple[str, Any], tuple[str, int, int]] = {}
     for index, place in _field(root, "Metadata", "storage_data").items():
         fields = _state(place, "_StorageInfo")
@@ -163,7 +204,11 @@ def _parse(root: Any, wanted: Any) -> Iterator[tuple[str, StoredTensor]]:
         key = _state(index, "MetadataIndex")
         places[key["fqn"], key.get("offset")] = str(fields["relative_path"]), start, length
     for key, described in _field(root, "Metadata", "state_dict_metadata").items():
-        if not isinstance(key, str) or type(described).__name__ == "BytesStorageMetadata" or not wanted(key):
+        if not isinstance(key, str) or not wanted(key):
+            continue
+        if type(described).__name__ == "BytesStorageMetadata":
+            if (key, None) in places:
+                objects[key] = StoredObject(*places[key, None])
             continue
         fields = _state(described, "TensorStorageMetadata")
         dtype = _state(fields["properties"], "TensorProperties", tuple)[0]
@@ -176,7 +221,8 @@ def _parse(root: Any, wanted: Any) -> Iterator[tuple[str, StoredTensor]]:
             if (key, offset) not in places:
                 raise ValueError(f"{key}: no file holds the chunk at {offset}")
             chunks.append(Chunk(offset, size, *places[key, offset]))
-        yield key, StoredTensor(dtype, _numbers(fields["size"]), tuple(chunks))
+        tensors[key] = StoredTensor(dtype, _numbers(fields["size"]), tuple(chunks))
+    return tensors, objects
 
 
 def _state(record: Any, kind: str, state: type = dict) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -72,13 +72,19 @@ class WeightsDigest:
 
     The digest covers, for every HF name in sorted order: name, dtype, shape and the SHA-256 of the
     tensor's bytes. Rows of a tensor have to arrive in ascending order; tensors in any order.
+
+    Args:
+        names: the model's tensors, others are left out; None: all that come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str] | None = None) -> None:
+        self._names = None if names is None else frozenset(names)
         self._digests: dict[str, tuple[str, list[int], hashlib._Hash]] = {}
 
     def update(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], rows: Tensor) -> None:
         """Add the next rows of a tensor."""
+        if self._names is not None and name not in self._names:
+            return
         if name not in self._digests:
             self._digests[name] = (str(dtype).removeprefix("torch."), list(shape), hashlib.sha256())
         self._digests[name][2].update(raw_bytes(rows))

@@ -8,10 +8,8 @@ Optimizer state is skipped unread.
 from __future__ import annotations
 
 import os
-import pickle
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +20,15 @@ from torch import Tensor
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.llama import EXTRA_STATE_MODULES, LAYERS, check_supported, placements, stored_shapes
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
-from megatron_cpt.checkpoint.metadata import METADATA, Chunk, StoredTensor, check_cover, load_chunk, read_metadata
+from megatron_cpt.checkpoint.metadata import (
+    Chunk,
+    StoredObject,
+    StoredTensor,
+    check_cover,
+    load_chunk,
+    read_metadata,
+    write_index,
+)
 from megatron_cpt.checkpoint.plan import PlannedChunk, PlannedTensor
 from megatron_cpt.checkpoint.reader import ModelReader, WeightsDigest, num_bytes
 from megatron_cpt.config.manifest import write_json_atomic
@@ -56,7 +62,7 @@ class TorchDistReader:
         sizes = stored_shapes(self.llama, self.padded_vocab_size)
         self._tensors = _stack_layers(folder, sizes, read_metadata(folder, lambda key: not _NOT_THE_MODEL.match(key)))
         self._layer: tuple[tuple[str, int], Tensor] | None = None  # the layer's tensor read last: q, k, v share one
-        self._chunk: tuple[Chunk, Tensor] | None = None  # the chunk read last: row blocks of one table share it
+        self._boxes = BoxReader(folder)
 
     def names(self) -> list[str]:
         """Hugging Face names of all tensors, in the order of a forward pass."""
@@ -110,8 +116,18 @@ class TorchDistReader:
         return self._layer[1]
 
     def _assemble(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        return self._boxes.read(self._tensors[key], offset, size)
+
+
+class BoxReader:
+    """Boxes of stored tensors, whatever chunks they lie in; the chunk read last is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._chunk: tuple[Chunk, Tensor] | None = None  # row blocks of one table share it
+
+    def read(self, stored: StoredTensor, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         """The box (offset, size) of a stored tensor, from all chunks that share elements with it."""
-        stored = self._tensors[key]
         stop = tuple(first + count for first, count in zip(offset, size, strict=True))
         out: Tensor | None = None
         for chunk in stored.chunks:
@@ -130,7 +146,7 @@ class TorchDistReader:
     def _load(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         if self._chunk is None or self._chunk[0] != chunk:
             self._chunk = None
-            self._chunk = (chunk, load_chunk(self.folder, chunk, dtype))
+            self._chunk = (chunk, load_chunk(self._folder, chunk, dtype))
         return self._chunk[1]
 
 
@@ -183,35 +199,25 @@ def write_torch_dist(
         {"files": number of data files, "bytes": bytes of weights, "weights_sha256": digest of the
         weights in HF order, without padding}.
     """
-    from torch.distributed.checkpoint import metadata as dcp  # slow to import, and only writing needs it
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
     digest, done = WeightsDigest(), 0
     total = sum(num_bytes(chunk.size, tensor.dtype) for tensor in plan for chunk in tensor.chunks)
-    described: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    with _DataFiles(folder) as files, _no_archive_checksums():
+    tensors: dict[str, StoredTensor] = {}
+    objects: dict[str, StoredObject] = {}
+    with DataFiles(folder) as files:
         for tensor in plan:
-            boxes = []
-            for index, chunk in enumerate(tensor.chunks):
+            chunks = []
+            for chunk in tensor.chunks:
                 place = files.save(_fill(reader, chunk, tensor.dtype, digest))
-                places[dcp.MetadataIndex(tensor.key, chunk.offset, index)] = _StorageInfo(*place)
-                boxes.append(dcp.ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)))
+                chunks.append(Chunk(chunk.offset, chunk.size, *place))
                 done += num_bytes(chunk.size, tensor.dtype)
                 if on_progress is not None:
                     on_progress(done, total)
-            described[tensor.key] = dcp.TensorStorageMetadata(
-                dcp.TensorProperties(dtype=tensor.dtype), torch.Size(tensor.size), boxes
-            )
+            tensors[tensor.key] = StoredTensor(tensor.dtype, tensor.size, tuple(chunks))
         for key in _extra_state_keys(reader.llama.num_layers):
-            described[key] = dcp.BytesStorageMetadata()
-            places[dcp.MetadataIndex(key)] = _StorageInfo(*files.save([None]))
+            objects[key] = StoredObject(*files.save([None]))
     torch.save({"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}, folder / "common.pt")
     write_json_atomic(folder / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    with open(folder / METADATA, "wb") as file:
-        pickle.dump(dcp.Metadata(state_dict_metadata=described, storage_data=places), file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_index(folder, tensors, objects)
     return {"files": files.count, "bytes": total, "weights_sha256": digest.hexdigest()}
 
 
@@ -235,36 +241,35 @@ def _fill(reader: ModelReader, chunk: PlannedChunk, dtype: torch.dtype, digest: 
     return filled
 
 
-@contextmanager
-def _no_archive_checksums() -> Iterator[None]:
-    """Leave out the CRCs inside the archives: torch never checks them, and they cost a third of the time."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+class DataFiles:
+    """The `.distcp` files of a checkpoint, one archive after the other.
 
+    The CRCs inside the archives are left out: torch never checks them, and they cost a third of the time.
 
-class _DataFiles:
-    """The `.distcp` files of a checkpoint, one archive after the other."""
+    Args:
+        folder: where they go.
+        name: what their names begin with.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self.count = folder, 0
+    def __init__(self, folder: Path, name: str = "__0") -> None:
+        self._folder, self._begin, self.count = folder, name, 0
         self._file: BinaryIO | None = None
         self._name = ""
 
-    def __enter__(self) -> _DataFiles:
+    def __enter__(self) -> DataFiles:
+        self._checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.serialization.set_crc32_options(self._checksums)
         self._close()
 
     def save(self, value: Any) -> tuple[str, int, int]:
         """Append a value; returns (file name, first byte, number of bytes)."""
         if self._file is None or self._file.tell() > MAX_FILE_BYTES:
             self._close()
-            self._name = f"__0_{self.count}.distcp"
+            self._name = f"{self._begin}_{self.count}.distcp"
             self._file = open(self._folder / self._name, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by _close
             self.count += 1
         start = self._file.tell()

@@ -19,7 +19,7 @@ from megatron_cpt.errors import InputError
 MANIFEST = "manifest.json"
 
 
-def sha256_bytes(data: bytes) -> str:
+def sha256_bytes(data: bytes | memoryview) -> str:
     """Hex SHA-256 of bytes in memory."""
     return hashlib.sha256(data).hexdigest()
 

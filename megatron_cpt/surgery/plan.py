@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,12 +13,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from megatron_cpt.checkpoint.reader import WeightsDigest
 from megatron_cpt.config.folders import new_folder
 from megatron_cpt.config.manifest import (
     MANIFEST,
     read_json,
     read_manifest,
     sha256_file,
+    sha256_json,
     write_json_atomic,
     write_manifest,
 )
@@ -66,6 +69,17 @@ class SurgeryPlan:
             "rows": rows,
             "removed": len(self.removed()),
         }
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the plan: hash of everything that decides a row."""
+        digest = WeightsDigest()
+        for name in _MATRICES:
+            for part, tensor in self.matrix(name).tensors().items():
+                digest.update(f"{name}.{part}", tensor.dtype, tuple(tensor.shape), tensor)
+        methods = [dict(self.matrix(name).method) for name in _MATRICES]
+        stated = [getattr(self, field) for field in _FIELDS]
+        return sha256_json([stated, methods, self.origins, digest.hexdigest()])
 
     def matrix(self, name: str) -> MatrixPlan:
         """The plan of "embedding" or "head"."""

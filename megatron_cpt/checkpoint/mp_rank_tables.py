@@ -1,0 +1,249 @@
+"""The vocabulary tables of a legacy Megatron checkpoint: one file for each tensor and pipeline rank.
+
+    <folder>/latest_checkpointed_iteration.txt            "release" or a number
+    <folder>/iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt
+
+Rank t of T holds rows [t P / T, (t + 1) P / T) of a table: the first stage the embedding, the last the head.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.checkpoint.files import new_tensor, require_space
+from megatron_cpt.checkpoint.opaque import load_opaque, save_opaque
+from megatron_cpt.checkpoint.reader import num_bytes
+from megatron_cpt.checkpoint.tables import Matrix, NewTable, Progress, Rows, Table, carry, filled
+from megatron_cpt.config.manifest import write_text_atomic
+from megatron_cpt.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_FILE = "model_optim_rng.pt"
+_SHARDED_OPTIMIZER = "distrib_optim.pt"
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_ITERATION = re.compile(r"iter_\d{7,}|release")
+# megatron-core's names, flat or nested, and those from before it.
+_TABLE = re.compile(
+    r"(?:.*\.)?(?:(word_embeddings\.weight)|((?:output_layer|lm_head|word_embeddings_for_head)\.weight))"
+)
+
+
+@dataclass(frozen=True, order=True)
+class _Rank:
+    """A rank's place in the job, and the name of its folder."""
+
+    stage: int
+    tensor: int
+    name: str
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The part of a table that one rank holds, at a place of nested dicts in its file."""
+
+    rank: _Rank
+    keys: tuple[str, ...]
+    rows: int
+
+
+class MpRankTables:
+    """A legacy checkpoint as its tables and the rest (a `VocabTables`).
+
+    Args:
+        folder: the one that holds the tracker file.
+        with_optimizer: True refuses a checkpoint that holds an optimizer's state, False leaves it behind.
+
+    Raises:
+        CheckpointError: damaged, incomplete, with expert parallelism, or with an optimizer's state.
+    """
+
+    format = "mp_rank"
+    vocab_size: int | None = None
+
+    def __init__(self, folder: Path, with_optimizer: bool = True) -> None:
+        self.folder = folder
+        self.iteration = _iteration(folder)
+        self.tensor_parallel = 0
+        self._shards: dict[str, list[_Shard]] = defaultdict(list)
+        self.args: dict[str, Any] = {}
+        self.has_optimizer = False
+        kinds: dict[str, tuple[Matrix, torch.dtype, int]] = {}
+        for rank in _ranks(self.iteration):
+            held = load_opaque(self.iteration / rank.name / _FILE)
+            self.has_optimizer |= held.get("optimizer") is not None
+            self.has_optimizer |= (self.iteration / rank.name / _SHARDED_OPTIMIZER).exists()
+            self.args = self.args or vars(held.get("args") or Namespace())
+            for keys, matrix, table in _find_tables(held):
+                name = f"stage {rank.stage}: {'.'.join(keys)}"
+                self._shards[name].append(_Shard(rank, keys, len(table)))
+                kinds.setdefault(name, (matrix, table.dtype, table.shape[1]))
+        self._check(with_optimizer)
+        self.tables = tuple(
+            Table(name, matrix, False, sum(shard.rows for shard in self._shards[name]), width, dtype)
+            for name, (matrix, dtype, width) in kinds.items()
+        )
+        self.divisor = (self.args.get("make_vocab_size_divisible_by") or 128) * self.tensor_parallel
+        self.tied = self._is_tied()
+
+    def _check(self, with_optimizer: bool) -> None:
+        if not self._shards:
+            raise CheckpointError(f"{self.iteration} holds no embedding of a GPT model; give another checkpoint")
+        if (self.args.get("expert_model_parallel_size") or 1) > 1:
+            raise CheckpointError(f"{self.iteration} is of a mixture of experts; expected a plain Llama")
+        self.tensor_parallel = 1 + max(shard.rank.tensor for shards in self._shards.values() for shard in shards)
+        for name, shards in self._shards.items():
+            numbers, rows = [shard.rank.tensor for shard in shards], [shard.rows for shard in shards]
+            if numbers != list(range(self.tensor_parallel)) or len(set(rows)) != 1:
+                raise CheckpointError(
+                    f"{self.iteration}: {name} lies on the tensor ranks {numbers} with {rows} rows, expected the same "
+                    f"on each of {self.tensor_parallel}; the checkpoint is incomplete"
+                )
+        if self.has_optimizer and with_optimizer:
+            raise CheckpointError(
+                f"{self.iteration} holds the state of an optimizer, which does not say there which parameter it is of; "
+                "leave it behind with --no-optimizer (Megatron then loads with --no-load-optim or --finetune), or "
+                "extend a torch_dist checkpoint, whose state follows"
+            )
+
+    def _is_tied(self) -> bool:
+        """Whether the head, where a stage holds one, is the embedding's copy."""
+        heads = [table for table in self.tables if table.matrix == "head"]
+        untied = self.args.get("untie_embeddings_and_output_weights")
+        if untied is not None or not heads:
+            return not untied
+        first = next(table for table in self.tables if table.matrix == "embedding")
+        return first.num_rows == heads[0].num_rows and torch.equal(self.read(first), self.read(heads[0]))
+
+    def read(self, table: Table) -> Tensor:
+        """A whole table, put together from all ranks."""
+        whole = new_tensor((table.num_rows, table.width), table.dtype)
+        first = 0
+        for shard in self._shards[table.name]:
+            found: Any = load_opaque(self.iteration / shard.rank.name / _FILE)
+            for key in shard.keys:
+                found = found[key]
+            whole[first : first + shard.rows] = found.detach()
+            first += shard.rows
+        return whole
+
+    def rewrite(self, folder: Path, new: Mapping[str, NewTable], on_progress: Progress | None = None) -> dict[str, Any]:
+        """Write the ranks and, last, the tracker.
+
+        A rank without a table is written too where its arguments state the size of the vocabulary: Megatron compares
+        them when it loads.
+        """
+        made: dict[str, Rows] = {table.name: new[table.name].make(self.read(table)) for table in self.tables}
+        sizes = {rank: (self.iteration / rank.name / _FILE).stat().st_size for rank in _ranks(self.iteration)}
+        require_space(folder, sum(sizes.values()))
+        target = folder / self.iteration.name
+        files = carried = done = 0
+        for rank, size in sizes.items():
+            source, here = self.iteration / rank.name, target / rank.name
+            here.mkdir(parents=True)
+            for path in source.iterdir():
+                if path.is_file() and path.name not in (_FILE, _SHARDED_OPTIMIZER):
+                    carry(path, here / path.name)
+            if self._write_rank(rank, here / _FILE, new, made):
+                files += 1
+            else:
+                carry(source / _FILE, here / _FILE)
+                carried += 1
+            done += size
+            if on_progress is not None:
+                on_progress(done, sum(sizes.values()))
+        write_text_atomic(folder / TRACKER, f"{_tracked(self.iteration.name)}\n")
+        return {
+            "files": files,
+            "files_carried": carried,
+            "bytes": sum(num_bytes((new[t.name].num_rows, t.width), t.dtype) for t in self.tables),
+        }
+
+    def _write_rank(self, rank: _Rank, path: Path, new: Mapping[str, NewTable], made: Mapping[str, Rows]) -> bool:
+        """Write a rank's file where anything in it changes; whether it does."""
+        held = load_opaque(self.iteration / rank.name / _FILE)
+        changed = held.pop("optimizer", None) is not None
+        args = held.get("args")
+        if isinstance(args, Namespace):
+            any_table = next(iter(new.values()))
+            for name, size in (("padded_vocab_size", any_table.num_rows), ("vocab_size", any_table.vocab_size)):
+                if getattr(args, name, None) not in (None, size):
+                    setattr(args, name, size)
+                    changed = True
+        for table in self.tables:
+            shard = next((shard for shard in self._shards[table.name] if shard.rank == rank), None)
+            if shard is not None:
+                rows = new[table.name].num_rows // self.tensor_parallel
+                place: Any = held
+                for key in shard.keys[:-1]:
+                    place = place[key]
+                first = rank.tensor * rows
+                place[shard.keys[-1]] = filled(made[table.name], first, first + rows, table.width, table.dtype)
+                changed = True
+        if changed:
+            save_opaque(held, path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        return changed
+
+
+def is_mp_rank(folder: Path) -> bool:
+    """Whether a folder looks like a legacy checkpoint."""
+    return (folder / TRACKER).is_file() or any(_RANK.fullmatch(path.name) for path in folder.glob("mp_rank_*"))
+
+
+def _iteration(folder: Path) -> Path:
+    if (folder / TRACKER).is_file():
+        tracked = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        if tracked != "release" and not re.fullmatch(r"\d{1,12}", tracked):
+            raise CheckpointError(f"{folder / TRACKER} says {tracked[:40]!r}, expected 'release' or a number")
+        return folder / (tracked if tracked == "release" else f"iter_{int(tracked):07d}")
+    if _ITERATION.fullmatch(folder.name):
+        return folder
+    raise CheckpointError(f"{folder} lacks {TRACKER}; give the folder that Megatron was told to load from")
+
+
+def _tracked(name: str) -> str:
+    return name if name == "release" else str(int(name.removeprefix("iter_")))
+
+
+def _ranks(iteration: Path) -> list[_Rank]:
+    """Every rank, in order; none is missing."""
+    paths = sorted(path.name for path in iteration.glob("mp_rank_*"))
+    matches = [match for name in paths if (match := _RANK.fullmatch(name))]
+    ranks = sorted(_Rank(int(match[2] or 0), int(match[1]), match[0]) for match in matches)
+    found = {(rank.stage, rank.tensor) for rank in ranks}
+    stages, tensor = (1 + max((place[axis] for place in found), default=-1) for axis in (0, 1))
+    if not found or len(matches) != len(paths) or len(found) != stages * tensor or len(ranks) != len(found):
+        raise CheckpointError(
+            f"{iteration} holds {', '.join(paths[:4]) or 'no rank'}; expected mp_rank_TT or mp_rank_TT_PPP for every "
+            "tensor and pipeline rank, and no expert ranks: give the whole checkpoint"
+        )
+    return ranks
+
+
+def _find_tables(held: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Matrix, Tensor]]:
+    """Where tables lie in a rank's model, or its model chunks (interleaved stages)."""
+
+    def walk(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Matrix, Tensor]]:
+        if isinstance(value, Tensor):
+            match = _TABLE.fullmatch(".".join(keys))
+            if match and value.dim() == 2:
+                yield keys, "embedding" if match[1] else "head", value
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                if isinstance(key, str):
+                    yield from walk(inner, (*keys, key))
+
+    for name in held:
+        if re.fullmatch(r"model\d*", str(name)):
+            yield from walk(held[name], (name,))
