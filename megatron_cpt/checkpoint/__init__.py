@@ -7,7 +7,7 @@ from megatron_cpt.checkpoint.hf_config import hf_config, parse_hf_config, read_s
 from megatron_cpt.checkpoint.huggingface import HFReader, open_hf, write_hf
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest, write_checkpoint_manifest
-from megatron_cpt.checkpoint.opening import open_checkpoint
+from megatron_cpt.checkpoint.opening import open_checkpoint, open_tables
 from megatron_cpt.checkpoint.reader import ModelReader, read_blocks
 from megatron_cpt.checkpoint.torch_dist import TorchDistReader, open_torch_dist
 from megatron_cpt.checkpoint.verify import show, verify
@@ -25,6 +25,7 @@ __all__ = [
     "hf_shapes",
     "open_checkpoint",
     "open_hf",
+    "open_tables",
     "open_torch_dist",
     "parse_hf_config",
     "read_blocks",

@@ -79,6 +79,7 @@ def convert(
     }
     if to == "torch_dist":
         facts["padded_vocab_size"] = padded_vocab_size(reader.vocab_size, vocab_divisor)
+        facts["vocab_divisor"] = vocab_divisor
         plan = plan_torch_dist(reader, facts["padded_vocab_size"])
         needed = sum(num_bytes(tensor.size, tensor.dtype) for tensor in plan)
         write = partial(write_torch_dist, reader=reader, plan=plan, on_progress=on_progress)
@@ -152,7 +153,7 @@ def _write_manifest(folder: Path, source: Reader, facts: dict[str, Any], cast: s
         if isinstance(source, HFReader)
         else {key: source.manifest[key] for key in ("step",) if key in source.manifest}
     )
-    names = ("dtype", "weights_sha256", "bos_token_id", "eos_token_id", "cast_max_abs_error")
+    names = ("vocab_divisor", "dtype", "weights_sha256", "bos_token_id", "eos_token_id", "cast_max_abs_error")
     write_checkpoint_manifest(
         folder,
         source.llama,

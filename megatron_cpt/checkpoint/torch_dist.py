@@ -49,6 +49,11 @@ def open_torch_dist(folder: str | Path) -> TorchDistReader:
     return TorchDistReader(Path(folder))
 
 
+def holds_optimizer(folder: str | Path) -> bool:
+    """Whether a `torch_dist` folder holds an optimizer's moments."""
+    return bool(read_metadata(Path(folder), lambda key: "optimizer." in key and ".exp_avg." in key))
+
+
 class TorchDistReader:
     """The tensors of a `torch_dist` folder by their HF names (a `ModelReader`)."""
 

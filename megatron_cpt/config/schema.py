@@ -174,6 +174,7 @@ class TrainConfig(Section):
     tokenizer: str
     shape: LlamaShape | None = None  # None: taken from the initial checkpoint
     initial_checkpoint: str | None = None  # a torch_dist folder or an HF folder; None: random weights
+    initial_optimizer: bool = False  # go on with the moments and masters of initial_checkpoint, a run's checkpoint
     seed: NonNegative = 1
     train_steps: Positive
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -7,7 +7,7 @@ makes the rows of one matrix from the old table, `calibrate` finds what all new 
 
 from __future__ import annotations
 
-from megatron_cpt.surgery.apply import apply_surgery
+from megatron_cpt.surgery.apply import apply_surgery, undo_surgery
 from megatron_cpt.surgery.calibration import calibrate
 from megatron_cpt.surgery.matrix import MatrixPlan, RowMaker
 from megatron_cpt.surgery.methods import METHOD_NAMES, Inputs
@@ -24,4 +24,5 @@ __all__ = [
     "apply_surgery",
     "calibrate",
     "plan_surgery",
+    "undo_surgery",
 ]

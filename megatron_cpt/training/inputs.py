@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_cpt.checkpoint import check_belongs, open_torch_dist, read_shape
 from megatron_cpt.checkpoint.metadata import METADATA
+from megatron_cpt.checkpoint.torch_dist import holds_optimizer
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
 from megatron_cpt.data import IndexedDataset, SamplePlan, open_plan, open_windows, scored_bytes
 from megatron_cpt.errors import ConfigError, DataError
@@ -63,11 +64,18 @@ def _shape(config: TrainConfig, tokenizer: Tokenizer) -> LlamaShape:
     """The architecture, from the initial checkpoint where there is one; that has to be the tokenizer's."""
     if config.initial_checkpoint is None:
         assert config.shape is not None  # a rule of the configuration
+        if config.initial_optimizer:
+            raise ConfigError("initial_optimizer is set without an initial_checkpoint; name one, or leave it out")
         return config.shape
     folder = Path(config.initial_checkpoint)
     shape, _ = read_shape(folder)
     if is_given_in_form(config):
         open_torch_dist(folder)  # reads its index without running it, and refuses one that would run something
+    if config.initial_optimizer and not (is_given_in_form(config) and holds_optimizer(folder)):
+        raise ConfigError(
+            f"initial_optimizer is set, yet initial_checkpoint={folder} holds no optimizer state; give the checkpoint "
+            "of a run (surgery without --no-optimizer keeps the state), or leave initial_optimizer out"
+        )
     if config.shape not in (None, shape):
         raise ConfigError(f"shape is not that of initial_checkpoint={folder}; leave it out, the checkpoint states it")
     check_belongs(folder, tokenizer)

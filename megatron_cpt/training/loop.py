@@ -29,7 +29,7 @@ from megatron_cpt.training.folder import checkpoint_folders, claim_run_folder, i
 from megatron_cpt.training.inputs import Inputs, read_inputs
 from megatron_cpt.training.metrics import MetricsLog
 from megatron_cpt.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from megatron_cpt.training.state import load_weights, resume, save_checkpoint
+from megatron_cpt.training.state import load_weights, load_weights_and_optimizer, resume, save_checkpoint
 from megatron_cpt.training.step import StepSums, logits_at, run_schedule, to_device
 
 PREFETCH_STEPS = 2  # batches are prepared this many steps ahead
@@ -74,6 +74,7 @@ class Trainer:
             "vocab_size": self.vocab_size,
             "padded_vocab_size": layout.padded_vocab_size,
             "tokenizer_sha256": inputs.tokenizer.sha256,
+            "vocab_divisor": config.vocab_divisor,
         }
         self.micro_batches_per_step = layout.num_micro_batches
         peak, peak_from = current_device().flops_bound()
@@ -110,7 +111,8 @@ class Trainer:
         with self._run_folder():
             step = resume(self.model, self.optimizer, self.output)
             if step == 0:
-                load_weights(self.model, self.optimizer, initial_folder(config))
+                load = load_weights_and_optimizer if config.initial_optimizer else load_weights
+                load(self.model, self.optimizer, initial_folder(config))
             if step >= config.train_steps:
                 if self.is_main:
                     print(f"{self.output}: all {step} steps are done already", flush=True)

@@ -28,6 +28,7 @@ from megatron_cpt.errors import CheckpointError
 from megatron_cpt.training.folder import CHECKPOINTS, checkpoint_folders
 
 PROOF = "proof.safetensors"
+_OF_STATE = ("params", "step")  # of a parameter group: what is not a setting
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -41,6 +42,27 @@ def load_weights(model: Sequence[Any], optimizer: Any, folder: Path) -> None:
     loaded = _load(model_state(model), folder, "make it again")
     _set_weights(model, loaded, folder)
     optimizer.reload_model_params()
+
+
+def load_weights_and_optimizer(model: Sequence[Any], optimizer: Any, folder: Path) -> None:
+    """Load weights, masters and moments from another run's checkpoint; the settings of the optimizer stay this run's.
+
+    Its count of updates goes on, as it belongs to the moments (bias correction).
+    """
+    settings = [
+        {key: value for key, value in group.items() if key not in _OF_STATE} for group in optimizer.param_groups
+    ]
+    _load_all(model, optimizer, folder, "make it again")
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def _load_all(model: Sequence[Any], optimizer: Any, folder: Path, advice: str) -> None:
+    state = model_state(model)
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=OPTIMIZER_METADATA)
+    loaded = _load(state, folder, advice)
+    _set_weights(model, loaded, folder)
+    optimizer.load_state_dict(loaded["optimizer"])
 
 
 def _load(state: dict[str, Any], folder: Path, advice: str) -> dict[str, Any]:
@@ -126,9 +148,6 @@ def resume(model: Sequence[Any], optimizer: Any, output: Path) -> int:
     step, folder = complete[-1]
     if read_checkpoint_manifest(folder)["step"] != step:
         raise CheckpointError(f"{folder}/{MANIFEST} names another step than its folder; remove the folder and resume")
-    state = model_state(model)
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=OPTIMIZER_METADATA)
-    loaded = _load(state, folder, "remove this checkpoint folder and start again: the run goes on from the one before")
-    _set_weights(model, loaded, folder)
-    optimizer.load_state_dict(loaded["optimizer"])
+    advice = "remove this checkpoint folder and start again: the run goes on from the one before"
+    _load_all(model, optimizer, folder, advice)
     return step

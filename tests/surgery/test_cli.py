@@ -37,7 +37,7 @@ def test_plan_show_apply(
         assert main(["surgery", "plan", *map(str, words), *mode]) == 2
         assert f"{plan} already holds files" in capsys.readouterr().err
     shown = run(capsys, "show", plan)
-    assert shown.items() <= facts.items()
+    assert facts == {"output": str(plan), **{name: fact for name, fact in shown.items() if name != "plan_sha256"}}
     assert run(capsys, "show", plan, "--row", 5)["head"] == {"old_ids": [5], "weights": [1.0]}
     assert main(["surgery", "show", str(plan)]) == 0
     assert "rows new" in capsys.readouterr().out
@@ -46,6 +46,11 @@ def test_plan_show_apply(
     source = make_model(load_tokenizer(old_tokenizer).vocab_size)
     written = run(capsys, "apply", plan, source, made)
     assert written["new_size"] == open_hf(made).vocab_size == load_tokenizer(made).vocab_size
+    assert written["plan_sha256"] == shown["plan_sha256"]
+    padded = run(capsys, "apply", plan, source, tmp_path / "padded", "--divisor", 64)["padded_vocab_size"]
+    assert padded % 64 == 0 and open_hf(tmp_path / "padded").vocab_size == padded > written["new_size"]
+    run(capsys, "undo", plan, made, tmp_path / "back", "--tokenizer", old_tokenizer)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
 def test_exit_codes(
@@ -58,6 +63,7 @@ def test_exit_codes(
         ["plan", "--old-tokenizer", old, "--new-tokenizer", new, "--output", output, "--method", "magic"],
         ["show", output],
         ["apply", output, output, output],
+        ["undo", output, output, output],
     ]
     for words in wrong:
         assert main(["surgery", *words]) == 2

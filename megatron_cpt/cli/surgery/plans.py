@@ -62,20 +62,52 @@ def plan(
 
 def apply(
     plan: Plan,
-    src: Annotated[Path, typer.Argument(help="Base model: a Hugging Face folder.")],
-    dst: Annotated[Path, typer.Argument(help="Folder to write: new or empty.")],
+    src: Annotated[Path, typer.Argument(help="Model: a Hugging Face, torch_dist or mp_rank folder.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to write, in the same format: new or empty.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the new tokenizer; by default the copy inside the plan.")
     ] = None,
+    divisor: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pad the tables to a multiple of this; by default as the checkpoint says."),
+    ] = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer/--no-optimizer", help="Carry over an optimizer's state, or leave it.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the model with the rows of the plan; every other tensor stays bit for bit."""
+    """Write the model with the rows of the plan; every other tensor stays bit for bit.
+
+    Only the files that hold one of the two matrices are written, the others are hard links. No model is built.
+    Of a run's torch_dist checkpoint the optimizer's state follows: kept rows keep their moments, new ones begin
+    with zero.
+    """
     from megatron_cpt.surgery import SurgeryPlan, apply_surgery
     from megatron_cpt.surgery.plan import TOKENIZER
 
     loaded = SurgeryPlan.load(plan)
+    folder = tokenizer or plan / TOKENIZER
     with progress(f"Writing {dst}") as advance:
-        value = apply_surgery(loaded, src, dst, tokenizer or plan / TOKENIZER, on_progress=advance)
+        value = apply_surgery(loaded, src, dst, folder, advance, divisor=divisor, with_optimizer=optimizer)
+    emit(value, as_json, _facts)
+
+
+@app.command()
+def undo(
+    plan: Plan,
+    src: Annotated[Path, typer.Argument(help="What `surgery apply` wrote by this plan.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to write: new or empty.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the old tokenizer, to go along to a Hugging Face folder.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model as it was before the surgery, bit for bit."""
+    from megatron_cpt.surgery import SurgeryPlan, undo_surgery
+
+    loaded = SurgeryPlan.load(plan)
+    with progress(f"Writing {dst}") as advance:
+        value = undo_surgery(loaded, src, dst, tokenizer, advance)
     emit(value, as_json, _facts)
 
 
@@ -88,7 +120,7 @@ def show(
     from megatron_cpt.surgery import SurgeryPlan
 
     loaded = SurgeryPlan.load(plan)
-    emit(loaded.facts() if row is None else loaded.row(row), as_json, _facts)
+    emit({**loaded.facts(), "plan_sha256": loaded.sha256} if row is None else loaded.row(row), as_json, _facts)
 
 
 def _method(matrix: str, name: str, settings: Sequence[str]) -> Method:
