@@ -255,13 +255,16 @@ class RowMaker:
         return self.plan.mix.num_new_rows
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), of the old table's dtype and on its device; copies keep every bit."""
-        parts = [torch.empty(0, self.old_VD.shape[1], dtype=self.old_VD.dtype, device=self.old_VD.device)]
+        """Rows [start, stop), of the old table's dtype and on its device; copies keep every bit.
+
+        What is returned may be kept for the next call: do not change it in place.
+        """
+        parts = []
         for first in range(start // BLOCK_ROWS * BLOCK_ROWS, min(stop, self.num_rows), BLOCK_ROWS):
             if self._block is None or self._block[0] != first:
                 self._block = (first, self._made(first, min(first + BLOCK_ROWS, self.num_rows)))
             parts.append(self._block[1][max(0, start - first) : max(0, stop - first)])
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat([self.old_VD[:0], *parts])
 
     def blocks(self) -> Iterator[Tensor]:
         """All rows in order, BLOCK_ROWS at a time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,10 @@ class RowMix:
 
     def copied(self) -> Tensor:
         """For every new row, whether it is a copy of one old row (bool, W)."""
+        return self._copied.clone()
+
+    @cached_property
+    def _copied(self) -> Tensor:
         single = self.indptr.diff() == 1
         single[single.clone()] = self.weights[self.indptr[:-1][single]] == 1.0
         return single
@@ -120,13 +125,14 @@ class RowMix:
         start, stop, step = (rows or slice(None)).indices(self.num_new_rows)
         wanted = torch.arange(start, stop, step)
         self.check_table(old_VD)
-        copied = self.copied()[wanted]
-        new = old_VD.new_zeros(len(wanted), old_VD.shape[1])
+        copied = self._copied[wanted]
         sources = self.indices[self.indptr[wanted[copied]]]
-        new[copied.to(new.device)] = old_VD.index_select(0, sources.to(old_VD.device))
-        for block in torch.nonzero(~copied).flatten().split(_BLOCK_ROWS):
-            if len(block):
-                new[block.to(new.device)] = self.mixed(old_VD, wanted[block]).to(old_VD.dtype)
+        if bool(copied.all()):
+            return old_VD.index_select(0, sources.to(old_VD.device))
+        new = old_VD.new_empty(len(wanted), old_VD.shape[1])
+        at, summed = (torch.nonzero(mask).flatten() for mask in (copied, ~copied))
+        new.index_copy_(0, at.to(new.device), old_VD.index_select(0, sources.to(old_VD.device)))
+        new.index_copy_(0, summed.to(new.device), self.mixed(old_VD, wanted[summed]).to(old_VD.dtype))
         return new
 
     def check_table(self, old_VD: Tensor) -> None:

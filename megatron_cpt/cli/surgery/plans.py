@@ -92,7 +92,6 @@ def apply(
     emit(value, as_json, _facts)
 
 
-@app.command()
 def undo(
     plan: Plan,
     src: Annotated[Path, typer.Argument(help="What `surgery apply` wrote by this plan.")],

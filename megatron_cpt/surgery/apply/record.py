@@ -68,8 +68,8 @@ def examine(source: VocabTables, plans: Mapping[str, MatrixPlan]) -> tuple[dict[
 
 
 def _check_finite(source: VocabTables, table: Table, old: Tensor) -> None:
-    blocks = [~block.isfinite().all(1) for block in old.split(4096)]
-    bad = torch.cat(blocks).nonzero().flatten()
+    # Both pass a NaN on; `isfinite` of every element takes ten times as long.
+    bad = (~(old.amax(1).isfinite() & old.amin(1).isfinite())).nonzero().flatten()
     if len(bad):
         raise CheckpointError(
             f"{source.folder}: {len(bad)} of {len(old)} rows of {table.name} hold NaN or infinity, the first that "
