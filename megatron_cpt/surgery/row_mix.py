@@ -19,6 +19,10 @@ Row = tuple[Sequence[int] | np.ndarray[Any, Any], Sequence[float] | np.ndarray[A
 
 _BLOCK_ROWS = 2048  # new rows, and columns of the old ones, that are in fp32 at a time
 _BLOCK_COLUMNS = 512
+_LONG_ROW = 32
+# Elements summed together for shorter rows: they stay in a core's cache, and torch leaves so few to one thread. Where
+# other jobs run beside, threads that wait for each other after each of these short steps cost ten times the sums.
+_SUM_ELEMENTS = 32000
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +149,41 @@ class RowMix:
 
     def mixed(self, old_VD: Tensor, new_rows: Tensor) -> Tensor:
         """Weighted sums in fp32 of some new rows (int64 row numbers)."""
+        count = self.indptr[new_rows + 1] - self.indptr[new_rows]
+        is_long = count > _LONG_ROW  # a rule of the row alone: its value does not depend on the others
+        if not bool(is_long.any()):
+            return self._short_sums(old_VD, new_rows)
+        mixed = torch.empty(len(new_rows), old_VD.shape[1], dtype=torch.float32, device=old_VD.device)
+        for rows, sums in ((~is_long, self._short_sums), (is_long, self._long_sums)):
+            at = rows.nonzero().flatten()
+            if len(at):
+                mixed.index_copy_(0, at.to(mixed.device), sums(old_VD, new_rows[at]))
+        return mixed
+
+    def _short_sums(self, old_VD: Tensor, new_rows: Tensor) -> Tensor:
+        """Term by term, few elements at a time."""
+        first, count = self.indptr[new_rows], self.indptr[new_rows + 1] - self.indptr[new_rows]
+        device, width = old_VD.device, old_VD.shape[1]
+        sums = torch.empty(len(new_rows), width, dtype=torch.float32, device=device)
+        for block in count.argsort(descending=True).split(max(1, _SUM_ELEMENTS // max(1, width))):
+            total = torch.zeros(len(block), width, dtype=torch.float32, device=device)
+            for place in range(int(count[block[0]])):
+                having = int((count[block] > place).sum())  # the longest sums come first
+                at = first[block[:having]] + place
+                terms = old_VD.index_select(0, self.indices[at].to(device)).float()
+                total[:having] += terms.mul_(self.weights[at, None].to(device))
+            sums.index_copy_(0, block.to(device), total)
+        return sums
+
+    def _long_sums(self, old_VD: Tensor, new_rows: Tensor) -> Tensor:
+        """By one pass over the old rows that are used."""
         first, count = self.indptr[new_rows], self.indptr[new_rows + 1] - self.indptr[new_rows]
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
         at = torch.arange(int(starts[-1])) + torch.repeat_interleave(first - starts[:-1], count)
         used, places = self.indices[at].unique(return_inverse=True)
         used, places, starts, weights = (part.to(old_VD.device) for part in (used, places, starts, self.weights[at]))
         total = torch.zeros(len(new_rows), old_VD.shape[1], dtype=torch.float32, device=old_VD.device)
-        for column in range(0, old_VD.shape[1] if len(at) else 0, _BLOCK_COLUMNS):
+        for column in range(0, old_VD.shape[1], _BLOCK_COLUMNS):
             columns = slice(column, column + _BLOCK_COLUMNS)
             table = old_VD[:, columns].index_select(0, used).float()
             total[:, columns] = embedding_bag(
