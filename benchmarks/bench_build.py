@@ -31,6 +31,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from corpora import named, write_plain
+
 COLUMNS = ("language", "round", "what", "text_bytes", "tokens", "cpu_seconds", "wall_seconds", "resident_mib")
 
 
@@ -170,7 +172,7 @@ def memory(gigabytes: float, tokenizer: str, scratch: Path, workers: int) -> Non
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", default=[], help="LANGUAGE=FILE..., jsonl, also .gz or .zst")
+    parser.add_argument("--text", nargs="+", default=[], help="LANGUAGE=FILE[:FIELD]...")
     parser.add_argument("--tokenizer", nargs="+", required=True, help="LANGUAGE=MODEL for each language")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megatron-lm", type=Path, help="checkout of a Megatron-LM that fits the megatron-core here")
@@ -189,13 +191,10 @@ def main() -> None:
         if arguments.memory:
             memory(arguments.memory, next(iter(models.values())), scratch, arguments.workers)
             return
-        texts: dict[str, list[str]] = {}
-        for given in arguments.text:
-            language, file = given.split("=", 1)
-            texts.setdefault(language, []).append(file)
+        texts = named(arguments.text)
         for language, files in texts.items():
             rows += measure(
-                language, _plain(files, scratch / f"{language}.jsonl"), models[language], scratch, arguments
+                language, write_plain(files, scratch / f"{language}.jsonl"), models[language], scratch, arguments
             )
         for language in texts:
             summary(rows, language)
@@ -204,19 +203,6 @@ def main() -> None:
             writer = csv.DictWriter(table, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(rows)
-
-
-def _plain(files: list[str], path: Path) -> Path:
-    """One plain jsonl file with the documents of all, each text once."""
-    from megatron_cpt.data import read_documents
-
-    seen = set()
-    with path.open("w", encoding="utf-8") as out:
-        for document in read_documents(files):
-            if document.text and document.text not in seen:
-                seen.add(document.text)
-                out.write(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n")
-    return path
 
 
 if __name__ == "__main__":

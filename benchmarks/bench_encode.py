@@ -1,10 +1,10 @@
 """How fast are texts encoded to ids, exactly, beside gigatoken and SentencePiece?
 
-One thread, texts in memory, every text met once by each fresh encoder (cold caches), bytes of UTF-8 per CPU
+One thread, texts in memory, each distinct text met once by each fresh encoder (cold caches), bytes of UTF-8 per CPU
 second. The encoders take turns round by round, so their ratios hold on a busy machine too; before that the ids
 of all texts are compared with SentencePiece's, document by document.
 
-    python benchmarks/bench_encode.py --text en=english.jsonl.gz --text ja=japanese.jsonl.gz \
+    python benchmarks/bench_encode.py --text en=novels.jsonl.gz --text en=pairs.jsonl.gz:en --text ja=aozora.jsonl.gz \
         --tokenizer llama2=llama2/tokenizer.model --output encode.csv
 """
 
@@ -21,8 +21,9 @@ from pathlib import Path
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
+from corpora import distinct_documents, named  # noqa: E402
 
-from megatron_cpt.data import _native, read_documents  # noqa: E402
+from megatron_cpt.data import _native  # noqa: E402
 from megatron_cpt.data.encoder import check_encoder, open_encoder  # noqa: E402
 from megatron_cpt.tokenizer import load_tokenizer  # noqa: E402
 
@@ -93,14 +94,15 @@ def measure(name: str, model: Path, language: str, texts: list[str], rounds: int
 def main() -> None:
     """Compare, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", action="append", required=True, metavar="LANG=FILE", help="jsonl, txt or parquet")
+    parser.add_argument("--text", action="append", required=True, metavar="LANG=FILE[:FIELD]")
     parser.add_argument("--tokenizer", action="append", required=True, metavar="NAME=MODEL", help="a tokenizer.model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="CSV to write")
     arguments = parser.parse_args()
-    texts: dict[str, list[str]] = {}
-    for language, _, path in (value.partition("=") for value in arguments.text):
-        texts.setdefault(language, []).extend(document.text for document in read_documents(path))
+    texts = {
+        language: [document.text for document in distinct_documents(files)]
+        for language, files in named(arguments.text).items()
+    }
     rows = []
     for name, _, model in (value.partition("=") for value in arguments.tokenizer):
         tokenizer = load_tokenizer(model)

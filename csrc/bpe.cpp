@@ -112,8 +112,9 @@ class Run {
   }
 
   void queue(const char* at, std::size_t bytes) {
-    if (bytes > WordKey::kMaxBytes) {
+    if (bytes > WordKey::kMaxBytes || !scratch_.cache.is_worth_asking()) {
       flush();
+      if (bytes <= WordKey::kMaxBytes) scratch_.cache.count(bytes, 0);
       parts(at, at + bytes);
       return;
     }
@@ -126,20 +127,26 @@ class Run {
   }
 
   void flush() {
+    if (queued_ == 0) return;
+    std::size_t bytes = 0;
+    std::size_t known_bytes = 0;
     reserve(kWordsAhead * Word::kMaxTokens);
     for (std::size_t k = 0; k < queued_; ++k) {
       const Queued& word = queue_[k];
+      bytes += word.bytes;
       if (const Word* known = WordCache::find(word.bucket, word.key)) {
         Token* const to = out_.tokens.data() + size_;
         for (std::size_t t = 0; t < Word::kMaxTokens; ++t) to[t] = static_cast<Token>(known->tokens[t]);
         size_ += known->count;
         out_.byte_tokens += known->byte_tokens;
+        known_bytes += word.bytes;
       } else {
         learn(word);
         reserve(kWordsAhead * Word::kMaxTokens);
       }
     }
     queued_ = 0;
+    scratch_.cache.count(bytes, known_bytes);
   }
 
   void learn(const Queued& word) {

@@ -47,11 +47,28 @@ struct Word {
 };
 
 // Buckets of two words; a new word takes the place of the older one. Its size never changes.
+//
+// Where little is met again it costs more than it saves. So it counts how much of the text in the words it was asked
+// for was known; after a stretch with less than one byte in kLeastKnown it is passed over for a while, then tried again.
 class WordCache {
  public:
   static constexpr unsigned kBucketBits = 15;
+  static constexpr std::int64_t kFirstBytes = 1 << 18;  // while it is filled
+  static constexpr std::int64_t kTriedBytes = 1 << 16;
+  static constexpr std::int64_t kPassedBytes = 1 << 19;
+  static constexpr std::int64_t kLeastKnown = 3;
 
   WordCache() : words_(std::size_t{2} << kBucketBits) {}
+
+  // Whether words are to be looked for.
+  bool is_worth_asking() const { return asking_; }
+
+  // Counts words that are behind: their bytes, and those of the words that were known.
+  void count(std::size_t bytes, std::size_t known) {
+    known_ += static_cast<std::int64_t>(known);
+    left_ -= static_cast<std::int64_t>(bytes);
+    if (left_ <= 0) begin_stretch();
+  }
 
   // The place of a word: asked for early, it is there when the word is looked for.
   Word* bucket(const WordKey& key) {
@@ -73,6 +90,16 @@ class WordCache {
   }
 
  private:
+  void begin_stretch() {
+    asking_ = !asking_ || known_ * kLeastKnown >= asked_;
+    asked_ = left_ = asking_ ? kTriedBytes : kPassedBytes;
+    known_ = 0;
+  }
+
+  bool asking_ = true;
+  std::int64_t asked_ = kFirstBytes;  // bytes of words in this stretch
+  std::int64_t left_ = kFirstBytes;   // of them
+  std::int64_t known_ = 0;            // of those that were looked for
   std::vector<Word> words_;  // a word of length 0 is an empty place: no key equals it
 };
 
