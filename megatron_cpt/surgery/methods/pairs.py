@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-_WAITING = 1 << 22  # pairs that wait to be merged, beside as many as are known
+_WAITING = 1 << 22  # pairs that wait to be merged, at least; a merge takes five times as much as it holds
 
 
 class PairCounts:
@@ -24,13 +24,14 @@ class PairCounts:
         keys, counts = np.unique(first.astype(np.int64) * self.base + second, return_counts=True)
         self._waiting.append((keys, counts * weight))
         self._num_waiting += len(keys)
-        if self._num_waiting > max(_WAITING, len(self._keys)):
+        if self._num_waiting > max(_WAITING, len(self._keys) // 4):
             self._merge()
 
     def found(self) -> tuple[Array, Array, Array]:
-        """(a, b, count) of all pairs, ascending."""
+        """(a, b, count) of all pairs, ascending; a and b as int32."""
         self._merge()
-        return *np.divmod(self._keys, self.base), self._counts
+        first = (self._keys // self.base).astype(np.int32)
+        return first, (self._keys % self.base).astype(np.int32), self._counts
 
     def _merge(self) -> None:
         parts = [(self._keys, self._counts), *self._waiting]

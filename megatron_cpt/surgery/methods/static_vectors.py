@@ -48,6 +48,7 @@ def static_vectors(tokenizer: Tokenizer, reading: Reading, method: VectorsMethod
     """
     occurrences, pairs = _count(tokenizer, reading, method.window)
     first, second, count = pairs.found()
+    del pairs
     frequent = occurrences >= method.min_count
     kept = frequent[first] & frequent[second]
     known = np.flatnonzero(frequent)
@@ -56,8 +57,9 @@ def static_vectors(tokenizer: Tokenizer, reading: Reading, method: VectorsMethod
             f"no piece of {tokenizer.path} occurs {method.min_count} times beside another: give more text, or a "
             "smaller min_count"
         )
-    place = np.cumsum(frequent) - 1
-    left = _factor(place[first[kept]], place[second[kept]], count[kept], len(known), method.dimension)
+    place = (np.cumsum(frequent) - 1).astype(np.int32)
+    first, second, count = place[first[kept]], place[second[kept]], count[kept]
+    left = _factor(*_matrices(first, second, count, len(known)), method.dimension)
     vectors = torch.zeros(tokenizer.vocab_size, left.shape[1])
     vectors[torch.from_numpy(known)] = left / left.norm(dim=1, keepdim=True).clamp(min=1e-30)
     return vectors
@@ -80,21 +82,36 @@ def _count(tokenizer: Tokenizer, reading: Reading, window: int) -> tuple[Array, 
     return occurrences, pairs
 
 
-def _factor(first: Array, second: Array, count: Array, size: int, dimension: int) -> Tensor:
-    """U * sqrt(S) of the PPMI of symmetric counts, given as pairs with first <= second."""
+def _matrices(first: Array, second: Array, count: Array, size: int) -> tuple[_Sparse, _Sparse]:
+    """PPMI of symmetric counts, given as pairs with first <= second; and its transpose.
+
+    This is where memory is at its most: 32 bits for each number, and little that is not needed is kept.
+    """
     other = first != second
-    rows, columns = np.concatenate([first, second[other]]), np.concatenate([second, first[other]])
+    keys = np.concatenate(
+        [first.astype(np.int64) * size + second, second[other].astype(np.int64) * size + first[other]]
+    )
     # Two of a kind beside each other are each the other's context.
-    values = np.concatenate([np.where(other, count, 2 * count), count[other]]).astype(np.float64)
-    order = np.argsort(rows * size + columns)
-    rows, columns, values = rows[order], columns[order], values[order]
+    values = np.concatenate([np.where(other, count, 2 * count), count[other]])
+    order = keys.argsort()
+    keys, values = keys[order], values[order]
+    del order, other
+    rows, columns = (keys // size).astype(np.int32), (keys % size).astype(np.int32)
+    starts = np.searchsorted(keys, np.arange(size + 1) * size)
+    del keys
     frequency = np.bincount(rows, values, size).clip(min=1e-30)
     smoothed = _SMOOTHING * np.log(frequency)
     smoothed -= np.log(np.exp(smoothed).sum())
-    log_count, log_frequency = np.log(values), np.log(frequency)
-    starts = torch.from_numpy(np.searchsorted(rows, np.arange(size + 1)))
-    straight = _Sparse(starts, columns, log_count - log_frequency[rows] - smoothed[columns])
-    turned = _Sparse(starts, columns, log_count - log_frequency[columns] - smoothed[rows])  # its transpose
+    log_frequency, log_smoothed = np.log(frequency).astype(np.float32), smoothed.astype(np.float32)
+    log_count = np.log(values.astype(np.float32))
+    del values
+    straight = _Sparse(starts, columns, log_count - log_frequency[rows] - log_smoothed[columns])
+    return straight, _Sparse(starts, columns, log_count - log_frequency[columns] - log_smoothed[rows])
+
+
+def _factor(straight: _Sparse, turned: _Sparse, dimension: int) -> Tensor:
+    """U * sqrt(S) of a sparse matrix; `turned` is its transpose."""
+    size = len(straight.starts) - 1
     width = min(dimension, size)
     basis = straight.times(normal_rows(1, 0, range(size), min(width + _SPARE, size)))
     for _ in range(_ROUNDS):
@@ -109,10 +126,10 @@ def _factor(first: Array, second: Array, count: Array, size: int, dimension: int
 class _Sparse:
     """A sparse matrix whose negative entries count as 0, times thin dense ones."""
 
-    def __init__(self, starts: Tensor, columns: Array, values: Array) -> None:
-        self.starts = starts
-        self.columns = torch.from_numpy(columns.astype(np.int64))
-        self.values = torch.from_numpy(values.clip(min=0).astype(np.float32))
+    def __init__(self, starts: Array, columns: Array, values: Array) -> None:
+        self.starts = torch.from_numpy(starts)
+        self.columns = torch.from_numpy(columns)
+        self.values = torch.from_numpy(values).clamp_(min=0)
 
     def times(self, dense: Tensor) -> Tensor:
         """The product; every row is summed by one thread in the order of the columns."""
@@ -120,7 +137,7 @@ class _Sparse:
         def rows(first: int) -> Tensor:
             starts = self.starts[first : first + _BLOCK_ROWS + 1]
             span = slice(int(starts[0]), int(starts[-1]))
-            inside = starts - starts[0]
+            inside = (starts - starts[0]).int()
             return embedding_bag(
                 self.columns[span],
                 dense,
