@@ -95,6 +95,9 @@ def _read_tsv(path: Path, fields: tuple[str, str]) -> Iterator[Pair]:
     except UnicodeDecodeError as caught:
         raise DataError(f"{path}:{number}: not valid UTF-8 ({caught.reason}); convert the file first") from None
     except (OSError, EOFError) as caught:
+        number_of_system = getattr(caught, "errno", None)  # a decompressor's error has none
+        if number_of_system is not None:
+            raise OSError(number_of_system, os.strerror(number_of_system), str(path)) from None
         raise DataError(f"{path}:{number}: the file is damaged or cut short ({caught})") from None
 
 

@@ -175,3 +175,11 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err.replace("\n", " ")
     assert main(["data", "pairs", str(tmp_path / "no.tsv"), *words[3:], "--output", str(tmp_path / "y.jsonl")]) == 2
     assert not (tmp_path / "y.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+def test_an_error_of_the_system_is_told_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # a file whose first page cannot be read
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        list(read_pairs([tmp_path / name], ("1", "2")))
+    assert str(tmp_path / name) == caught.value.filename
