@@ -61,16 +61,17 @@ def load_config(
         ConfigError: anything unreadable, unknown, out of range or against the rules of `config.rules`,
             one line for each problem.
     """
-    return _resolve(read_layers(source, overrides, shelf), model)
+    return resolve(read_layers(source, overrides, shelf), model)
 
 
 def load_any_config(source: str | Path, overrides: Sequence[str] = ()) -> Resolved[RunConfig] | Resolved[TrainConfig]:
     """Load a `TrainConfig` when the document has `train_steps` at its top, else a `RunConfig`."""
     layers = read_layers(source, overrides)
-    return _resolve(layers, TrainConfig) if "train_steps" in layers.tree else _resolve(layers, RunConfig)
+    return resolve(layers, TrainConfig) if "train_steps" in layers.tree else resolve(layers, RunConfig)
 
 
-def _resolve(layers: Layers, model: type[Config]) -> Resolved[Config]:
+def resolve(layers: Layers, model: type[Config]) -> Resolved[Config]:
+    """Check raw values as `model`; raises ConfigError as `load_config` does."""
     try:
         config = model.model_validate_json(layers.as_json(), strict=True)
     except ValidationError as caught:

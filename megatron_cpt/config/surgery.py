@@ -221,6 +221,12 @@ class CalibrationConfig(Section):
     source_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # of the text
     seed: NonNegative = 1
 
+    @property
+    def tokens(self) -> int:
+        """At most this many tokens are read: whole samples, for the prior and for each step."""
+        prior, step = (-(-count // self.seq_length) * self.seq_length for count in (self.prior_tokens, self.step_tokens))
+        return prior + self.steps * step
+
 
 class SurgeryConfig(Section):
     """How the rows of new pieces are made, for each matrix."""

@@ -66,47 +66,27 @@ class Run:
         """Do every step in order; returns the report."""
         if self.config.data.builtin is None:
             open_corpora(self.config.data)  # a missing file is refused before anything is written
-        self._refuse_foreign()
+        refuse_foreign(self.root)
         with lock_folder(self.root):
             return self._walk()
 
     def _walk(self) -> dict[str, Any]:
-        self._claim()
-        self._text()
-        self._base_tokenizer()
-        self._base_model()
-        self._adapt_tokenizer()
-        self._shards()
+        identity = sha256_json(self.config.model_dump(mode="json", exclude={"output"}))  # a run may be moved
+        claim(self.root, self.config.name, identity, self.resolved.dump(), self.steps.any_done())
+        self.share()
         self._surgery()
         self._adapt()
         self._export()
         self._report()
         return self.steps.run()
 
-    def _refuse_foreign(self) -> None:
-        """Refuse a folder with something in it that no run put there."""
-        if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"{self.root} is a file; give --set output=FOLDER")
-        held = {path.name for path in self.root.iterdir()} - {".lock"} if self.root.exists() else set()
-        if held and "run.json" not in held:
-            raise ConfigError(
-                f"{self.root} is not empty ({', '.join(sorted(held)[:3])}) and holds no run; give --set output=FOLDER"
-            )
-
-    def _claim(self) -> None:
-        """Take the folder for this configuration, or refuse one that holds another run."""
-        record = self.root / "run.json"
-        identity = sha256_json(self.config.model_dump(mode="json", exclude={"output"}))  # a run may be moved
-        if record.exists() and self.steps.any_done():  # a run that has made nothing yet may be corrected
-            held = read_json(record, ConfigError)
-            if held.get("identity") != identity:
-                raise ConfigError(
-                    f"{self.root} holds another run ({held.get('name')}, identity {str(held.get('identity'))[:12]}..., "
-                    f"now {identity[:12]}...); give --set output=FOLDER, or take the settings of "
-                    f"{self.root / 'config.yaml'}"
-                )
-        write_text_atomic(self.root / "config.yaml", self.resolved.dump())
-        write_json_atomic(record, {"name": self.config.name, "identity": identity})
+    def share(self) -> None:
+        """Add what does not depend on how the new rows are made: texts, base, vocabulary, datasets."""
+        self._text()
+        self._base_tokenizer()
+        self._base_model()
+        self._adapt_tokenizer()
+        self._shards()
 
     def _text(self) -> None:
         data, seed, folder = self.config.data, self.config.seed, self.paths.text
@@ -278,15 +258,6 @@ class Run:
     def _adapt(self) -> None:
         learn, paths = self.config.train, self.paths
         source, target = self.source, self.target
-
-        def train() -> dict[str, Any]:
-            data = self.config.training_data(str(paths.shards))
-            data = data.model_copy(update={"validation": _validation(paths.shards, (source, target))})
-            if paths.operated_model != paths.base_model:
-                check_certificate(paths.operated_model)
-            job = self._job(learn, paths.train, paths.tokenizer, data, initial=paths.operated_model)
-            return {"checkpoint": str(run_job(job, learn.num_processes))}
-
         replay = DEFAULT_REPLAY if learn.replay is None else learn.replay
         mixture = f"on {target.language} with {replay:.0%} {source.language}"
         if learn.stages:
@@ -294,7 +265,21 @@ class Run:
         title = f"continue pre-training {mixture}"
         needs = ("base", "tokenizer", "surgery", "shards")
         settings = {**learn.model_dump(), "seed": self.config.seed, "vocab_divisor": self.config.vocab_divisor}
-        self.steps.add("train", title, settings, needs, train, makes=(paths.train,), resumable=paths.train)
+        self.steps.add("train", title, settings, needs, self._train, makes=(paths.train,), resumable=paths.train)
+
+    def _train(self) -> dict[str, Any]:
+        learn, paths = self.config.train, self.paths
+        data = self.config.training_data(str(paths.shards))
+        data = data.model_copy(update={"validation": _validation(paths.shards, (self.source, self.target))})
+        job = self._job(learn, paths.train, paths.tokenizer, data, **self._start())
+        return {"checkpoint": str(run_job(job, learn.num_processes))}
+
+    def _start(self) -> dict[str, Any]:
+        """What the adaptation begins with: `initial`, a model, or `shape`, for random weights."""
+        model = self.paths.operated_model
+        if model != self.paths.base_model:
+            check_certificate(model)
+        return {"initial": model}
 
     def _export(self) -> None:
         paths = self.paths
