@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,6 @@ from megatron_cpt.config.surgery import SurgeryConfig
 from megatron_cpt.errors import ConfigError
 
 TRAINED = "trained"  # as a method's helper or donor: the one that the comparison trains itself
-MODEL_FIELDS = ("helper", "donor")  # settings of a method that name such a model
 # What an arm may not change: the curves would have other axes.
 _SHARED = ("train_steps", "batch", "eval_interval_steps")
 
@@ -87,7 +85,7 @@ class ComparisonConfig(RunConfig):
         """Whether an arm reads the model that the comparison trains."""
         surgery = self.surgery_of(arm)
         methods = () if surgery is None else (surgery.embedding, surgery.head)
-        return any(getattr(method, name, None) == TRAINED for method in methods for name in MODEL_FIELDS)
+        return any(TRAINED in method.models for method in methods)
 
 
 def load_comparison(source: str | Path, overrides: Sequence[str] = ()) -> Resolved[ComparisonConfig]:
@@ -102,7 +100,7 @@ def load_comparison(source: str | Path, overrides: Sequence[str] = ()) -> Resolv
         header = f"{source} has {len(problems)} problems:\n  " if len(problems) > 1 else ""
         raise ConfigError(header + "\n  ".join(problems))
     for arm in resolved.config.arms:
-        run_of_arm(resolved.config, arm, resolved.config.seed)
+        run_with_seed(resolved.config, resolved.config.seed, arm)
     return resolved
 
 
@@ -138,24 +136,25 @@ def _problems(config: ComparisonConfig) -> Iterator[str]:
         )
 
 
-def run_of_arm(config: ComparisonConfig, arm: str, seed: int) -> Resolved[RunConfig]:
-    """The run that an arm is, with one seed, in the seed's folder.
+def run_with_seed(config: ComparisonConfig, seed: int, arm: str | None = None) -> Resolved[RunConfig]:
+    """The run that makes what the arms share with one seed, or the run that an arm is; in the seed's folder.
 
     Methods and calibration that draw at random draw anew for each seed.
 
     Raises:
         ConfigError: what the arm changes of `train` does not fit.
     """
-    fields = set(RunConfig.model_fields)
-    layers = Layers(f"arm {arm}", copy.deepcopy(config.model_dump(mode="json", include=fields)))
+    layers = Layers("shared" if arm is None else f"arm {arm}")
+    layers.tree = config.model_dump(mode="json", include=set(RunConfig.model_fields))
     layers.tree |= {"output": f"{config.output}/seed{seed}", "seed": seed}
-    stated = config.arms[arm]
-    if stated.tokenizer == "base":
+    if arm is None:
+        return resolve(layers, RunConfig)
+    if config.arms[arm].tokenizer == "base":
         layers.tree["tokenizer"]["method"] = "none"
     surgery = config.surgery_of(arm)
     if surgery is not None:
         layers.tree["surgery"] = _drawn_anew(surgery.model_dump(mode="json"), seed - config.seed)
-    layers.overlay({"train": stated.train}, f"arms.{arm}")
+    layers.overlay({"train": config.arms[arm].train}, f"arms.{arm}")
     layers.tree["train"]["train_steps"] -= config.steps_of_calibration(arm)
     try:
         return resolve(layers, RunConfig)

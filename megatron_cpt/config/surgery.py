@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from megatron_cpt.config.section import NonNegative, Positive, PositiveFloat, Section
 from megatron_cpt.errors import ConfigError
 
+MODEL_FIELDS = ("helper", "donor")  # settings of methods that name a model beside the base
+
 
 class Method(Section):
     """What every method has.
@@ -31,8 +33,8 @@ class Method(Section):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Folders of models that it reads, beside the base."""
-        return ()
+        """Folders of models that it reads, beside the base: what `MODEL_FIELDS` of it name."""
+        return tuple(getattr(self, name) for name in MODEL_FIELDS if name in type(self).model_fields)
 
 
 class PiecesMethod(Method):
@@ -84,13 +86,12 @@ class ClpMethod(Method):
     top_k: Positive = 10
     temperature: PositiveFloat = 0.1
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The helper."""
-        return (self.helper,)
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-Files = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Files = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class TextMethod(Method):
@@ -163,11 +164,6 @@ class OmpMethod(Method):
     donor: str  # Hugging Face folder of a model, with its tokenizer, that has the new pieces
     num_atoms: Positive = 64
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The donor."""
-        return (self.donor,)
-
 
 METHODS = (
     PiecesMethod,
@@ -224,7 +220,9 @@ class CalibrationConfig(Section):
     @property
     def tokens(self) -> int:
         """At most this many tokens are read: whole samples, for the prior and for each step."""
-        prior, step = (-(-count // self.seq_length) * self.seq_length for count in (self.prior_tokens, self.step_tokens))
+        prior, step = (
+            -(-count // self.seq_length) * self.seq_length for count in (self.prior_tokens, self.step_tokens)
+        )
         return prior + self.steps * step
 
 

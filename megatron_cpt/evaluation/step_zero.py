@@ -129,7 +129,8 @@ def _rows(old: ModelReader, new: ModelReader, plan: SurgeryPlan, key: str) -> di
         return {"kept_different": 0, "new_not_finite": 0}
     old_VD = old.read(key)[: plan.old_size]
     kept_W = torch.full((plan.new_size,), -1)
-    kept_W[torch.tensor(list(plan.kept()), dtype=torch.int64)] = torch.tensor(list(plan.kept().values()))
+    kept = plan.kept()
+    kept_W[torch.tensor(list(kept), dtype=torch.int64)] = torch.tensor(list(kept.values()), dtype=torch.int64)
     is_new = torch.zeros(plan.new_size, dtype=torch.bool)
     is_new[plan.embedding.new_rows] = True
     norms, seen, facts = [], set(), {"kept_different": 0, "new_not_finite": 0, "new_zero": 0, "new_duplicates": 0}

@@ -29,10 +29,16 @@ VERSIONS = ("torch", "megatron-core", "numpy", "sentencepiece", "tokenizers", "s
 
 @dataclass(frozen=True)
 class Paths:
-    """The folders of a run."""
+    """The folders of a run, or of an arm of a comparison, which shares most of them with the other arms."""
 
     root: Path
     config: RunConfig
+    arm: str | None = None
+
+    @property
+    def own(self) -> Path:
+        """What depends on how the new rows are made."""
+        return self.root if self.arm is None else self.root / "arms" / self.arm
 
     @property
     def text(self) -> Path:
@@ -62,7 +68,7 @@ class Paths:
     @property
     def surgery(self) -> Path:
         """The surgery's plan and model."""
-        return self.root / "surgery"
+        return self.own / "surgery"
 
     @property
     def operated_model(self) -> Path:
@@ -72,7 +78,8 @@ class Paths:
     @property
     def shards(self) -> Path:
         """Indexed datasets."""
-        return self.root / "shards"
+        in_base_tokens = self.arm is not None and self.config.tokenizer.method == "none"
+        return self.root / ("shards_base" if in_base_tokens else "shards")
 
     def base_held_out(self, language: str) -> Path:
         """Prefix of the held-out text in the base's tokens."""
@@ -81,12 +88,12 @@ class Paths:
     @property
     def train(self) -> Path:
         """The adaptation's training job."""
-        return self.root / "train"
+        return self.own / "train"
 
     @property
     def exported_model(self) -> Path:
         """HF folder of the result."""
-        return self.root / "hf"
+        return self.own / "hf"
 
 
 def tokenizer_facts(paths: Paths, source: Corpus, target: Corpus) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def write_run_report(
     scores, probe = _scores(models, steps.facts("surgery").get("certificate"), paths, languages)
     facts = {name: steps.facts(name) for name in ("tokenizer", "export")}
     metrics = read_metrics(paths.train)
-    history = _history(metrics)
+    history = history_of(metrics)
     last = {point["language"]: point["bits_per_byte"] for point in history}
     report = {
         "name": config.name,
@@ -147,7 +154,7 @@ def write_run_report(
         "train": _training_facts(metrics, paths.train),
         **({"stages": _stages(paths)} if config.train.stages else {}),
         "seconds": steps.seconds(),
-        "versions": _versions(),
+        "versions": versions(),
         "config_hash": resolved.hash,
     }
     write_report(report, history, paths.root)
@@ -191,7 +198,8 @@ def _scores(
     return scores, probe
 
 
-def _history(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def history_of(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points {"step", "language", "bits_per_byte"} of a job's validations."""
     return [
         {"step": record["step"], "language": language, "bits_per_byte": score["bits_per_byte"]}
         for record in metrics
@@ -218,7 +226,8 @@ def _training_facts(metrics: list[dict[str, Any]], output: Path) -> dict[str, An
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this package and of those that decide the numbers."""
     return {
         "megatron_cpt": __version__,
         "python": platform.python_version(),

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_cpt.checkpoint import convert, open_checkpoint, verify
 from megatron_cpt.checkpoint.fingerprint import fingerprint
 from megatron_cpt.config.loading import Resolved
-from megatron_cpt.config.manifest import read_json, sha256_file, sha256_json, write_json_atomic, write_text_atomic
+from megatron_cpt.config.manifest import sha256_file, sha256_json
 from megatron_cpt.config.schema import (
     DEFAULT_REPLAY,
     DataSource,
@@ -21,11 +21,12 @@ from megatron_cpt.config.schema import (
     TrainDataConfig,
     ValidationSource,
 )
-from megatron_cpt.config.surgery import CalibrationConfig
+from megatron_cpt.config.surgery import MODEL_FIELDS, CalibrationConfig, Method
 from megatron_cpt.data import DatasetBuild, build_dataset, build_files, calibration_tokens, read_documents
 from megatron_cpt.data.world import write_world
 from megatron_cpt.errors import ConfigError, VerificationError
 from megatron_cpt.evaluation import certify, check_certificate, logit_parity
+from megatron_cpt.pipeline.claim import claim, refuse_foreign
 from megatron_cpt.pipeline.corpus import Corpus, open_corpora, world_corpora
 from megatron_cpt.pipeline.measuring import Paths, tokenizer_facts, write_run_report
 from megatron_cpt.pipeline.steps import Steps
@@ -56,6 +57,7 @@ class Run:
 
     def __init__(self, resolved: Resolved[RunConfig]) -> None:
         self.resolved, self.config = resolved, resolved.config
+        self.own_models: dict[str, Path] = {}  # of those that surgery's methods name, the ones made here
         self.root = Path(self.config.output)
         self.paths = Paths(self.root, self.config)
         self.steps = Steps(self.root)
@@ -148,9 +150,9 @@ class Run:
             self._build(shards, paths.base_tokenizer, dataclasses.replace(source, parts={name: source.files}))
             data = TrainDataConfig(
                 train=(DataSource(prefix=str(shards / f"{name}.train"), language=name),),
-                validation=_validation(shards, (source,)),
+                validation=validation(shards, (source,)),
             )
-            job = self._job(base.train, job_folder, paths.base_tokenizer, data, shape=base.shape)
+            job = self.job(base.train, job_folder, paths.base_tokenizer, data, shape=base.shape)
             checkpoint = run_job(job, base.train.num_processes)
             return convert(checkpoint, paths.base_model, "hf", tokenizer=paths.base_tokenizer)
 
@@ -183,7 +185,8 @@ class Run:
         def operate() -> dict[str, Any]:
             vocab_map = VocabMap.load(paths.tokenizer / "vocab_map.json")
             inputs = Inputs(load_tokenizer(paths.base_tokenizer), load_tokenizer(paths.tokenizer), self._texts)
-            plan = plan_surgery(vocab_map, surgery.embedding, surgery.head, inputs)
+            embedding, head = map(self._with_own_models, (surgery.embedding, surgery.head))
+            plan = plan_surgery(vocab_map, embedding, head, inputs)
             facts: dict[str, Any] = {}
             if surgery.calibration is not None:
                 plan, facts["calibration"] = self._calibrated(plan, surgery.calibration)
@@ -208,7 +211,14 @@ class Run:
         settings = {**surgery.model_dump(), "seq_length": self.config.train.batch.seq_length}
         settings["read"] = self._hashes_of_surgery()
         needs = ("text", "base_tokenizer", "base", "tokenizer", "shards")
-        self.steps.add("surgery", title, settings, needs, operate, makes=(paths.surgery,))
+        makes = (paths.surgery, paths.operated_model)
+        self.steps.add("surgery", title, settings, needs, operate, makes=makes)
+
+    def _with_own_models(self, method: Method) -> Method:
+        named = {field: getattr(method, field, None) for field in MODEL_FIELDS}
+        return method.model_copy(
+            update={field: str(self.own_models[name]) for field, name in named.items() if name in self.own_models}
+        )
 
     def _calibrated(self, plan: SurgeryPlan, settings: CalibrationConfig) -> tuple[SurgeryPlan, dict[str, Any]]:
         """The plan calibrated on the texts that training reads."""
@@ -238,7 +248,7 @@ class Run:
         for file in sorted(files):
             if not Path(file).is_file():
                 raise ConfigError(f"{file} does not exist; surgery names it as text to read")
-        models = {model for method in methods for model in method.models}
+        models = {model for method in methods for model in method.models} - self.own_models.keys()
         return {file: sha256_file(file) for file in files} | {model: fingerprint(model) for model in models}
 
     def _shards(self) -> None:
@@ -270,8 +280,8 @@ class Run:
     def _train(self) -> dict[str, Any]:
         learn, paths = self.config.train, self.paths
         data = self.config.training_data(str(paths.shards))
-        data = data.model_copy(update={"validation": _validation(paths.shards, (self.source, self.target))})
-        job = self._job(learn, paths.train, paths.tokenizer, data, **self._start())
+        data = data.model_copy(update={"validation": validation(paths.shards, (self.source, self.target))})
+        job = self.job(learn, paths.train, paths.tokenizer, data, **self._start())
         return {"checkpoint": str(run_job(job, learn.num_processes))}
 
     def _start(self) -> dict[str, Any]:
@@ -323,7 +333,7 @@ class Run:
             build = DatasetBuild(files, tokenizer, train, corpus.language, held_out=side, text_field=corpus.text_field)
             build_files(build, workers=2, overwrite=True)
 
-    def _job(
+    def job(
         self,
         learn: LearnConfig,
         output: Path,
@@ -347,7 +357,8 @@ class Run:
         )
 
 
-def _validation(shards: Path, corpora: tuple[Corpus, ...]) -> tuple[ValidationSource, ...]:
+def validation(shards: Path, corpora: tuple[Corpus, ...]) -> tuple[ValidationSource, ...]:
+    """The held-out datasets of a folder, one for each corpus."""
     return tuple(
         ValidationSource(prefix=str(shards / f"{corpus.language}.held_out"), language=corpus.language)
         for corpus in corpora

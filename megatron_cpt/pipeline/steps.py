@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_cpt import __version__
 from megatron_cpt.config.manifest import read_json, sha256_json, write_json_atomic
+from megatron_cpt.errors import CptError
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,36 @@ class Steps:
 
     def run(self) -> dict[str, Any]:
         """Run the steps that have to be run, in order; returns the facts of the last one."""
+        self._run_wanted(self._run)
+        return self.facts(self.steps[-1].name)
+
+    def run_all(self) -> dict[str, CptError]:
+        """The same, but a step that fails stops only those that need it; returns the failures by name."""
+        failed: dict[str, CptError] = {}
+
+        def attempt(step: Step) -> None:
+            if cause := next((need for need in step.needs if need in failed), None):
+                failed[step.name] = failed[cause]
+                print(f"  left out, for {cause} has failed", flush=True)
+                return
+            try:
+                self._run(step)
+            except CptError as caught:
+                failed[step.name] = caught
+                print(f"  failed: {caught}", flush=True)
+
+        self._run_wanted(attempt)
+        return failed
+
+    def _run_wanted(self, run: Callable[[Step], None]) -> None:
         wanted = self._wanted()
         for number, step in enumerate(self.steps, 1):
             heading = f"[{number}/{len(self.steps)}] {step.title}"
             if step.name in wanted:
                 print(heading, flush=True)
-                self._run(step)
+                run(step)
             else:
                 print(f"{heading}: done before", flush=True)
-        return self.facts(self.steps[-1].name)
 
     def any_done(self) -> bool:
         """Whether any step was finished in this folder, under whatever key."""
