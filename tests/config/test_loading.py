@@ -147,9 +147,12 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
         ("trian.train_steps=3", "trian: unknown key (from --set); did you mean train?"),
         (
             "base.train.learning_rate=1",
-            "did you mean base.train.optimizer.learning_rate or train.optimizer.learning_rate?",
+            "did you mean base.train.optimizer.learning_rate or surgery.calibration.learning_rate or train.optimizer",
         ),
-        ("surgery.zzz=1", "surgery.zzz: unknown key (from --set); expected one of embedding, head; remove it"),
+        (
+            "surgery.zzz=1",
+            "surgery.zzz: unknown key (from --set); expected one of embedding, head, calibration; remove it",
+        ),
         ("train.train_steps=true", "train.train_steps: got true, expected a whole number; change the --set"),
         ('train.train_steps="3"', 'train.train_steps: got "3", expected a whole number'),
         ("train.train_steps=0", "train.train_steps: got 0, expected a number greater than 0"),
