@@ -219,11 +219,10 @@ class CalibrationConfig(Section):
 
     @property
     def tokens(self) -> int:
-        """At most this many tokens are read: whole samples, for the prior and for each step."""
-        prior, step = (
-            -(-count // self.seq_length) * self.seq_length for count in (self.prior_tokens, self.step_tokens)
-        )
-        return prior + self.steps * step
+        """At most this many are read, in whole samples: for the prior, for the size of a step, and for each step."""
+        batches = self.steps + 1 if self.steps else 0
+        samples = -(-self.prior_tokens // self.seq_length) - batches * (-self.step_tokens // self.seq_length)
+        return samples * self.seq_length
 
 
 class SurgeryConfig(Section):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_cpt.config.schema import CorpusConfig
+from megatron_cpt.errors import CptError, TrainingError
 from megatron_cpt.pipeline.corpus import open_corpora
 from megatron_cpt.pipeline.steps import Steps
 
@@ -108,6 +109,32 @@ def test_what_was_cut_off_begins_anew_or_goes_on(kitchen: Kitchen, resumable: bo
     kitchen.cook("wheat", resumable)
     assert kitchen.done == ["dough", "bread"]
     assert len(list((kitchen.root / "dough").iterdir())) == (2 if resumable else 1)
+
+
+def test_what_fails_stops_only_what_needs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done: list[str] = []
+
+    def add(steps: Steps, name: str, needs: tuple[str, ...], fails: bool = False) -> None:
+        def act() -> dict[str, Any]:
+            done.append(name)
+            if fails:
+                raise TrainingError("no yeast")
+            return {}
+
+        steps.add(name, f"make {name}", {}, needs, act)
+
+    def bake(fails: bool) -> dict[str, CptError]:
+        done.clear()
+        steps = Steps(tmp_path)
+        add(steps, "flour", ())
+        add(steps, "dough", ("flour",), fails)
+        add(steps, "bread", ("dough",))
+        add(steps, "soup", ("flour",))
+        return steps.run_all()
+
+    assert {name: str(error) for name, error in bake(fails=True).items()} == {"dough": "no yeast", "bread": "no yeast"}
+    assert done == ["flour", "dough", "soup"] and "left out, for dough has failed" in capsys.readouterr().out
+    assert bake(fails=False) == {} and done == ["dough", "bread"]
 
 
 def test_times_and_facts_are_kept(kitchen: Kitchen) -> None:
