@@ -12,6 +12,7 @@ from megatron_cpt.config.manifest import temporary_path
 from megatron_cpt.reporting.picture import COLOURS, MARKERS, apart
 
 LINES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # arms beyond the colours begin the colours anew with another line
+DASHES = ("", "- - ", "\N{MIDDLE DOT}\N{MIDDLE DOT}\N{MIDDLE DOT} ")  # the same lines, before an arm's name
 OFF_SCALE = 1.5  # what lies above this multiple of the median start is cut off: it would flatten the rest
 
 
@@ -85,4 +86,5 @@ def _label(axes: Any, ends: Mapping[str, float]) -> None:
     for number, ((arm, value), place) in enumerate(zip(ends.items(), places, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
         at = {"xy": (1.015, place), "xycoords": "axes fraction", "va": "center", "annotation_clip": False}
-        axes.annotate(f"{arm} {value:.3f}", color=colour, fontsize=9, **at)
+        dashes = DASHES[number // len(COLOURS) % len(LINES)]
+        axes.annotate(f"{dashes}{arm} {value:.3f}", color=colour, fontsize=9, **at)
