@@ -64,6 +64,8 @@ def read_blocks(reader: ModelReader, name: str) -> Iterator[Tensor]:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order (no copy when it is contiguous)."""
+    if not tensor.numel():  # without a stride it has no view as bytes
+        return memoryview(b"")
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 

@@ -63,6 +63,21 @@ def test_the_numbers(
     assert found["matrices"]["head"]["norms"]["new"]["50%"] == pytest.approx(float(head.median()), rel=1e-5)
 
 
+def test_nothing_is_kept(
+    vocab_map: VocabMap, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    """A control that makes every row anew has no row to compare, and is measured all the same."""
+    anew = parse_method({"method": "normal", "copy_kept": False})
+    plan = plan_surgery(vocab_map, anew, anew)
+    base = make_model(plan.old_size)
+    made = operated(plan, base, new_tokenizer, tmp_path / "made")
+    found = certify(base, made, plan, old_tokenizer, TEXTS, "en", 64)
+    assert found["passed"] and found["kept_rows"] == {"compared": 0, "different": 0}
+    assert found["logits"] == {"max_abs_diff": 0.0, "tokens": 0}
+    after = bits_per_byte(made, TEXTS["en"], 64)["bits_per_byte"]
+    assert found["bits_per_byte"]["en"]["after"] == pytest.approx(after)
+
+
 def test_faults_are_counted(
     vocab_map: VocabMap, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
 ) -> None:
