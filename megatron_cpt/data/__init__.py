@@ -9,6 +9,7 @@ from megatron_cpt.data.documents import Document, is_held_out, read_documents, s
 from megatron_cpt.data.indexed import IndexedDataset, manifest_path
 from megatron_cpt.data.loader import Loader
 from megatron_cpt.data.packing import is_packed, pack_dataset
+from megatron_cpt.data.remap import remap_dataset
 from megatron_cpt.data.sampler import SamplePlan, Source, open_plan
 from megatron_cpt.data.stages import Place
 from megatron_cpt.data.verify import trace_document, verify_dataset
@@ -43,6 +44,7 @@ __all__ = [
     "open_windows",
     "pack_dataset",
     "read_documents",
+    "remap_dataset",
     "scored_bytes",
     "split_held_out",
     "token_counts",

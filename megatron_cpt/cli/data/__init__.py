@@ -11,7 +11,8 @@ from megatron_cpt.cli.data.indices import indices
 from megatron_cpt.cli.data.inspect import inspect, verify
 from megatron_cpt.cli.data.pack import pack
 from megatron_cpt.cli.data.pairs import pairs
+from megatron_cpt.cli.data.remap import remap
 
 app = typer.Typer(help="Clean corpora; build, inspect and verify indexed datasets.", no_args_is_help=True)
-for command in (clean, pairs, build, pack, indices, inspect, verify):
+for command in (clean, pairs, build, pack, indices, inspect, verify, remap):
     app.command(cls=CommandWithRay if "ray" in command.__annotations__ else None)(command)
