@@ -46,7 +46,7 @@ def check_expressible(model: ModelFile, name: str) -> None:
     normalizer = model.normalizer
     if not normalizer.identity or normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
         raise TokenizerError(
-            f"{name} changes texts before it cuts them (normalizer {normalizer}); expected Llama's: the identity, "
+            f"{name} changes texts before it cuts them ({normalizer}); expected Llama's: the identity, "
             "spaces kept. Train a model with that normalizer"
         )
     if model.rules.treat_whitespace_as_suffix:

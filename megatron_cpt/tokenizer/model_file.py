@@ -70,6 +70,16 @@ class Normalizer:
         """Whether no character is replaced."""
         return not self.charsmap
 
+    def __str__(self) -> str:
+        """What it does, in words; a table has some 100,000 bytes."""
+        does = [
+            f"a table of replacements of {len(self.charsmap):,} bytes" if self.charsmap else "no replacements",
+            "a space before each text" if self.add_dummy_prefix else "no space before a text",
+            "runs of spaces made one" if self.remove_extra_whitespaces else "spaces kept",
+            "spaces written as U+2581" if self.escape_whitespaces else "spaces written as they are",
+        ]
+        return ", ".join(does)
+
 
 @dataclass(frozen=True)
 class ModelFile:

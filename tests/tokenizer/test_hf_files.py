@@ -160,7 +160,9 @@ def test_what_cannot_be_expressed(base: Path) -> None:
         "pieces with equal scores": replace(model, pieces=(*model.pieces, *runs)),
         "a character that is no piece": replace(model, pieces=(*model.pieces, Piece("t鬱", 0.5, PieceType.NORMAL))),
         "user-defined": replace(model, pieces=(*model.pieces, Piece("<mask>", 0.0, PieceType.USER_DEFINED))),
-        "changes texts": replace(model, normalizer=Normalizer(charsmap=b"x", remove_extra_whitespaces=False)),
+        "replacements of 300,000 bytes": replace(
+            model, normalizer=Normalizer(charsmap=b"x" * 300_000, remove_extra_whitespaces=False)
+        ),
         "end of pieces": replace(model, rules=replace(model.rules, treat_whitespace_as_suffix=True)),
     }
     for message, case in cases.items():
