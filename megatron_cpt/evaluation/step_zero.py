@@ -64,13 +64,12 @@ def certify(
     old, new = open_checkpoint(base), open_checkpoint(operated)
     if (new.vocab_size, read_checkpoint_manifest(operated)["tokenizer_sha256"]) != (plan.new_size, plan.new_sha256):
         raise CheckpointError(f"{operated} was not made by this plan: it has another vocabulary; apply the plan first")
-    kept = plan.kept()
-    matrices = {name: _rows(old, new, plan, key) for name, key in (("embedding", EMBEDDING), ("head", HEAD))}
-    tied = old.llama.tied_embeddings
-    if tied:
-        del matrices["head"]
+    names = {"embedding": EMBEDDING} if old.llama.tied_embeddings else {"embedding": EMBEDDING, "head": HEAD}
+    kept = {name: plan.kept(name) for name in names}
+    matrices = {name: _rows(old, new, plan, name, key) for name, key in names.items()}
     tokenizers = load_tokenizer(old_tokenizer), load_tokenizer(operated)
-    logits = _logits(old, new, kept, _kept_text(texts[source], *tokenizers, kept))
+    text = _kept_text(texts[source], *tokenizers, kept["embedding"])
+    logits = _logits(old, new, kept.get("head", kept["embedding"]), text)
     different = sum(facts.pop("kept_different") for facts in matrices.values())
     broken = sum(facts["new_not_finite"] for facts in matrices.values())
     certificate = {
@@ -78,7 +77,7 @@ def certify(
         "passed": different == 0 and broken == 0 and logits["max_abs_diff"] == 0.0,
         "weights_sha256": _weights(operated),
         "plan": plan.facts(),
-        "kept_rows": {"compared": len(kept) * len(matrices), "different": different},
+        "kept_rows": {"compared": sum(map(len, kept.values())), "different": different},
         "logits": logits,
         "matrices": matrices,
         "bits_per_byte": {
@@ -123,16 +122,14 @@ def _weights(folder: str | Path) -> str | None:
     return recorded
 
 
-def _rows(old: ModelReader, new: ModelReader, plan: SurgeryPlan, key: str) -> dict[str, Any]:
-    """Kept rows compared bit by bit, and what the new ones look like."""
-    if key not in new.names():
-        return {"kept_different": 0, "new_not_finite": 0}
+def _rows(old: ModelReader, new: ModelReader, plan: SurgeryPlan, name: str, key: str) -> dict[str, Any]:
+    """Kept rows of a matrix compared bit by bit, and what the new ones look like."""
     old_VD = old.read(key)[: plan.old_size]
     kept_W = torch.full((plan.new_size,), -1)
-    kept = plan.kept()
+    kept = plan.kept(name)
     kept_W[torch.tensor(list(kept), dtype=torch.int64)] = torch.tensor(list(kept.values()), dtype=torch.int64)
     is_new = torch.zeros(plan.new_size, dtype=torch.bool)
-    is_new[plan.embedding.new_rows] = True
+    is_new[plan.matrix(name).new_rows] = True
     norms, seen, facts = [], set(), {"kept_different": 0, "new_not_finite": 0, "new_zero": 0, "new_duplicates": 0}
     for start, stop in row_blocks(plan.new_size, num_bytes(new.shape(key)[1:], new.dtype(key)), _BLOCK_BYTES):
         rows = new.read_rows(key, start, stop)
@@ -182,7 +179,7 @@ def _logits(
     old: ModelReader, new: ModelReader, kept: Mapping[int, int], ids: tuple[list[int], list[int]]
 ) -> dict[str, Any]:
     """Logits of the kept rows on a source text, before and after; products of equal shapes, so equal means equal."""
-    if not ids[0]:
+    if not ids[0] or not kept:
         return {"max_abs_diff": 0.0, "tokens": 0}
     device = current_device().torch_device()
     made = []
@@ -190,7 +187,7 @@ def _logits(
         length = min(len(tokens), reader.llama.max_position_embeddings)
         hidden_SD = LlamaForward(reader, device=device).hidden(torch.tensor([tokens[:length]]))[0]
         table = reader.read(EMBEDDING if reader.llama.tied_embeddings else HEAD)
-        made.append(F.linear(hidden_SD, table[torch.tensor(rows)].to(hidden_SD)))
+        made.append(F.linear(hidden_SD, table[torch.tensor(rows, dtype=torch.int64)].to(hidden_SD)))
     return {"max_abs_diff": float((made[0] - made[1]).abs().max()), "tokens": made[0].shape[0]}
 
 

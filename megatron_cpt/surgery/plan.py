@@ -85,16 +85,23 @@ class SurgeryPlan:
         """The plan of "embedding" or "head"."""
         return self.embedding if name == "embedding" else self.head
 
-    def kept(self) -> dict[int, int]:
-        """New id -> old id of every row that is carried over as itself."""
-        mix = self.embedding.mix
-        single = mix.copied().tolist()
-        first = mix.indptr[:-1].tolist()
-        ids = (id for id, origin in enumerate(self.origins) if origin != "new" and single[id])
-        return {id: int(mix.indices[first[id]]) for id in ids}
+    def kept(self, name: str | None = None) -> dict[int, int]:
+        """New id -> old id of every row that is carried over as itself.
+
+        Args:
+            name: "embedding" or "head"; None: of the rows that both matrices carry over.
+        """
+        if name is None:
+            head = self.kept("head")
+            return {new: old for new, old in self.kept("embedding").items() if new in head}
+        plan = self.matrix(name)
+        carried = plan.mix.copied()
+        carried[plan.new_rows] = False  # a method may copy a row too; it stands for another piece there
+        ids = torch.nonzero(carried).flatten()
+        return dict(zip(ids.tolist(), plan.mix.indices[plan.mix.indptr[ids]].tolist(), strict=True))
 
     def removed(self) -> list[int]:
-        """Old ids whose rows are not carried over, ascending."""
+        """Old ids whose rows are not carried over in both matrices, ascending."""
         return sorted(set(range(self.old_size)) - set(self.kept().values()))
 
     def save(self, folder: str | Path, tokenizer_folder: str | Path | None = None) -> None:

@@ -104,6 +104,19 @@ def test_faults_are_counted(
         check_certificate(made)
 
 
+def test_a_matrix_of_its_own_rows_beside_one_that_keeps_them(
+    vocab_map: VocabMap, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    anew = parse_method({"method": "normal", "copy_kept": False})
+    for number, methods in enumerate(((anew, parse_method("mean")), (parse_method("mean"), anew))):
+        plan = plan_surgery(vocab_map, *methods)
+        base = make_model(plan.old_size)
+        made = operated(plan, base, new_tokenizer, tmp_path / str(number))
+        found = certify(base, made, plan, old_tokenizer, TEXTS, "en", 64)
+        assert found["passed"] and found["kept_rows"]["compared"] == plan.old_size
+        assert plan.kept() == {} and len(plan.removed()) == plan.old_size
+
+
 def test_tied_and_torch_dist(
     plan: SurgeryPlan, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
 ) -> None:
