@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -173,13 +173,13 @@ class Search:
 
     def sorted_path(self, run: int, kind: str) -> Path:
         """File of a run's sorted keys, or of the documents that have them ("keys", "documents")."""
-        return self.folder / f"{run:06d}.{kind}.npy"
+        return self.folder / f"{run:06d}.{kind}"
 
 
 def sort_run(search: Search, number: int) -> None:
     """Writes the sorted keys of each band of a run, and the row of each.
 
-    Two .npy files of one dimension: band 0 (all rows), band 1, band 2, ... (rows that repeat no earlier one of
+    Two columns without a header: band 0 (all rows), band 1, band 2, ... (rows that repeat no earlier one of
     the run word for word, so that a text repeated a million times is looked up once). Memory: one band.
     """
     run = search.runs[number]
@@ -214,13 +214,13 @@ def join_slice(search: Search, task: tuple[int, int]) -> Int64s:
     low, high = (np.uint64(min((part + k) * 2**64 // search.slices, 2**64 - 1)) for k in (0, 1))
     keys, documents = [], []
     for number, run in enumerate(search.runs):
-        all_keys = np.load(search.sorted_path(number, "keys"), mmap_mode="r")
+        all_keys = _column(search.sorted_path(number, "keys"), np.uint64)
         extent = _extent(run.count, (len(all_keys) - run.count) // search.bands, band)
         column = all_keys[extent]
         begin = int(np.searchsorted(column, low, "left"))
         end = int(np.searchsorted(column, high, "left")) if part + 1 < search.slices else len(column)
         keys.append(column[begin:end])
-        rows = np.load(search.sorted_path(number, "documents"), mmap_mode="r")[extent][begin:end]
+        rows = _column(search.sorted_path(number, "documents"), np.uint32)[extent][begin:end]
         documents.append(rows.astype(np.int64) + run.first)
     return _native.join_band(
         np.concatenate(keys),
@@ -240,11 +240,21 @@ def _extent(num_rows: int, num_distinct: int, band: int) -> slice:
 
 @contextmanager
 def _column_file(path: Path, dtype: type[np.generic], size: int) -> Iterator[npt.NDArray[Any]]:
-    temporary = path.with_suffix(".tmp")
-    column = np.lib.format.open_memmap(temporary, "w+", dtype, (size,))
-    yield column
-    column.flush()
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.truncate(size * np.dtype(dtype).itemsize)
+    yield _column(temporary, dtype, "r+")
     os.replace(temporary, path)
+
+
+def _column(path: Path, dtype: type[np.generic], mode: Literal["r", "r+"] = "r") -> npt.NDArray[Any]:
+    """A column of a file, mapped.
+
+    Without NumPy's header: it is parsed by `ast`, which Python 3.11 does not do safely in several threads.
+    """
+    if not path.stat().st_size:  # nothing can be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode)
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def _write(
             job,
             part,
             judged.array("documents", "<i8"),
-            np.load(_verdicts_path(write.folder.parent / "verdicts", part.number)),
+            np.fromfile(_verdicts_path(write.folder.parent / "verdicts", part.number), np.uint8),
         )
 
     run_parts(
@@ -275,7 +275,7 @@ def _write(
 
 
 def _verdicts_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.npy"
+    return folder / f"{number:05d}.verdicts"
 
 
 def _decide(scan: Parts, job: Job, folder: Path, machines: Machines) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def _decide(scan: Parts, job: Job, folder: Path, machines: Machines) -> dict[str
         np.save(folder / "roots.npy", duplicates.roots)
         found |= {"firsts": list(duplicates.firsts), "duplicates": duplicates.summary()}
     for number, mine in enumerate(verdicts):
-        np.save(_verdicts_path(folder, number), mine)
+        mine.tofile(_verdicts_path(folder, number))
     write_json_atomic(done, found)
     return found
 
