@@ -90,6 +90,8 @@ def _plan_learn(
 def _plan_train(config: TrainConfig, nproc: int | None, is_early: bool) -> dict[str, Any]:
     from megatron_cpt.planning import count_tokens
 
+    if nproc is None:
+        _world_size(1)  # a variable that is no number is refused, whatever else is there
     missing = _missing(config)
     if is_early and any(each["what"] in ("tokenizer", "base") for each in missing):
         unknown = ("layout", "vocabulary", "parameters", "flops_per_token", "memory")

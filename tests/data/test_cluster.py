@@ -263,8 +263,8 @@ def test_files_that_hosts_do_not_see_are_named(
 
 
 def linger(path: Path) -> None:
-    path.touch()
     try:
+        path.touch()  # inside: it may be stopped right after
         for _ in range(6000):
             time.sleep(0.1)
     except KeyboardInterrupt:
