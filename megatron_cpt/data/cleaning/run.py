@@ -110,7 +110,7 @@ def clean_files(
     scan = Parts(output / _WORK, "judged corpus", _options(job), inputs)
     scan.check_inputs()
     begun = scan.is_begun()
-    _check_output(output, overwrite)
+    _check_output(output, inputs, overwrite)
 
     def is_made() -> bool:
         return not overwrite and _is_made(output, scan, job, shard or (0, 1), may_differ=begun)
@@ -221,7 +221,10 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    inside = [path for path in inputs if os.path.dirname(os.path.realpath(path)) == os.path.realpath(output)]
+    if inside:
+        raise DataError(f"{inside[0]} lies in {output}, whose files a cleaning replaces; write to another folder")
     if (output / MANIFEST).exists():
         if overwrite:
             read_manifest(output / MANIFEST, KIND, DataError)

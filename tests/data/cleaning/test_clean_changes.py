@@ -60,3 +60,19 @@ def test_an_input_that_shrinks_between_the_walks_is_told(
         patch.setattr(run, "_decide", shrink)
         clean_files([file], tmp_path / "out", profile)
     assert clean_files([file], tmp_path / "out", profile)["totals"]["documents"] == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_cleaning_is_not_written_over_its_own_input(
+    overwrite: bool, linked: bool, profile: Profile, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the river runs past a quiet town"}) + "\n")
+    clean_files([tmp_path / "a.jsonl"], tmp_path / "out", profile)
+    made = tmp_path / "out" / "a.jsonl.zst"
+    before = made.read_bytes()
+    (tmp_path / "link.jsonl.zst").symlink_to(made)
+    with pytest.raises(DataError, match="lies in .*out, whose files a cleaning replaces"):
+        again = tmp_path / "link.jsonl.zst" if linked else made
+        clean_files([again], tmp_path / "out", profile, overwrite=overwrite)
+    assert made.read_bytes() == before and not (tmp_path / "out" / ".work").exists()
