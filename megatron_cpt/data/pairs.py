@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -9,12 +10,16 @@ import os
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_cpt.config.manifest import read_manifest, sha256_file, temporary_path, write_manifest
-from megatron_cpt.data.documents import read_documents
+from megatron_cpt.data.blocks import LONGEST_RECORD_BYTES, kind_of, open_blocks
+from megatron_cpt.data.parts import check_inputs, differences
 from megatron_cpt.errors import DataError
+from megatron_cpt.runtime.lock import lock_briefly
 
 Direction = Literal["sampled", "both", "forward", "backward"]
 _KIND = "pairs"
@@ -55,13 +60,17 @@ class Pair:
 def read_pairs(paths: Sequence[str | Path], fields: tuple[str, str]) -> Iterator[Pair]:
     """Read the pairs of files, one at a time and in order.
 
+    The reader is as strict as that of `open_blocks`, and a broken record stops it. A text that is null or missing
+    is no such record: it is read as empty.
+
     Args:
         paths: `.jsonl` (also `.gz`, `.zst`) and `.parquet`: `fields` are names; `.tsv` (also compressed):
             `fields` are column numbers from 1.
         fields: where the text in the first and in the second language stands.
 
     Raises:
-        DataError: a file that cannot be read, or a record without both texts; names file and line.
+        DataError: a file that cannot be read, a broken record, a line with too few columns, or a field that no
+            record of a file has; names file and line.
     """
     for path in map(Path, paths):
         suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _COMPRESSION]
@@ -69,8 +78,33 @@ def read_pairs(paths: Sequence[str | Path], fields: tuple[str, str]) -> Iterator
 
 
 def _read_fields(path: Path, fields: tuple[str, str]) -> Iterator[Pair]:
-    for first, second in zip(read_documents(path, fields[0]), read_documents(path, fields[1]), strict=True):
-        yield Pair((first.text, second.text), first.source, first.id)
+    if kind_of(path)[0] == "txt":
+        raise DataError(f"corpus {path} has one text a document; pairs are .jsonl, .tsv (also .gz, .zst) or .parquet")
+    sides = zip(_read_side(path, fields[0]), _read_side(path, fields[1]), strict=True)
+    for (line, first, name), (_, second, other_name) in sides:
+        yield Pair((first, second), f"{path}:{line}", name or other_name)
+
+
+def _read_side(path: Path, name: str) -> Iterator[tuple[int, str, str]]:
+    """(line, text, id) of each record, in order; text and id are empty where the text is null or missing."""
+    is_null, is_missing = (
+        f"field '{name}' holds null, ",
+        f"no field '{name}' (fields here: ",
+    )  # as csrc/records words it
+    is_known, first_missing = False, ""
+    with open_blocks(path, name) as reader:
+        while (raw := reader.read()) is not None:
+            block = raw.parse()
+            for line, reason in block.faults:
+                if not reason.startswith((is_null, is_missing)):
+                    raise DataError(f"{path}:{line}: {reason}")
+                is_known |= reason.startswith(is_null)
+                first_missing = first_missing or f"{path}:{line}: {reason}"
+            is_known |= len(block) > 0
+            records = zip(block.lines.tolist(), block.texts(), block.ids(), strict=True)
+            yield from sorted([*records, *((line, "", "") for line, _ in block.faults)])
+    if first_missing and not is_known:  # a name that was mistyped, not a text that is not there
+        raise DataError(first_missing)
 
 
 def _read_tsv(path: Path, fields: tuple[str, str]) -> Iterator[Pair]:
@@ -83,8 +117,8 @@ def _read_tsv(path: Path, fields: tuple[str, str]) -> Iterator[Pair]:
     try:
         with pyarrow.input_stream(str(path), compression=_COMPRESSION.get(path.suffix.lower())) as file:
             stream = io.BufferedReader(file)
-            for number, line in enumerate(stream, 1):
-                columns = line.decode().rstrip("\r\n").split("\t")
+            for number, line in enumerate(iter(partial(stream.readline, LONGEST_RECORD_BYTES + 1), b""), 1):
+                columns = _text_of_line(line, f"{path}:{number}", number == 1).split("\t")
                 if max(first, second) >= len(columns):
                     raise DataError(
                         f"{path}:{number}: {len(columns)} columns, expected {max(first, second) + 1} or more"
@@ -99,6 +133,16 @@ def _read_tsv(path: Path, fields: tuple[str, str]) -> Iterator[Pair]:
         if number_of_system is not None:
             raise OSError(number_of_system, os.strerror(number_of_system), str(path)) from None
         raise DataError(f"{path}:{number}: the file is damaged or cut short ({caught})") from None
+
+
+def _text_of_line(line: bytes, place: str, is_first: bool) -> str:
+    line = line.removesuffix(b"\n")
+    if len(line) > LONGEST_RECORD_BYTES:
+        raise DataError(f"{place}: a record of more than {LONGEST_RECORD_BYTES} bytes; split it")
+    line = (line.removeprefix(codecs.BOM_UTF8) if is_first else line).removesuffix(b"\r")
+    if (nul := line.find(0)) >= 0:
+        raise DataError(f"{place}: a NUL at byte {nul + 1} of the line; this is not a text file, or remove it")
+    return line.decode()
 
 
 @dataclass(frozen=True)
@@ -245,7 +289,7 @@ def write_pairs(
     the same, nothing is done.
 
     Args:
-        paths: see `read_pairs`.
+        paths: see `read_pairs`; each file once.
         fields: see `read_pairs`.
         settings: how pairs become documents.
         output: the file.
@@ -254,60 +298,91 @@ def write_pairs(
         `output` and the counts: `documents`, `pairs`, `half_pairs`, `text_bytes`, `directions`.
 
     Raises:
-        DataError: the name of the file says another kind, it exists and was made of something else, there is no
-            pair with both sides, or what `read_pairs` and `Template.write` refuse.
+        DataError: the name of the file says another kind, it exists and was made of something else (also by another
+            command meanwhile), an input is missing or given twice, there is no pair with both sides, or what
+            `read_pairs` and `Template.write` refuse.
+        OSError: the system refuses to read an input or to write the output; names it.
     """
-    import pyarrow
-
     if [suffix for suffix in output.suffixes if suffix not in _COMPRESSION][-1:] != [".jsonl"]:
         raise DataError(f"{output}: expected a name that ends in .jsonl, .jsonl.gz or .jsonl.zst")
     if output.exists() and not _manifest(output).exists():
         raise DataError(f"{output} exists already; choose another name, or remove it first")
-    for path in paths:
-        if not Path(path).is_file():
-            raise DataError(f"corpus {path} does not exist")
-    inputs = {str(Path(path).absolute()): sha256_file(path) for path in paths}
-    options = {"fields": list(fields), **json.loads(json.dumps(asdict(settings)))}
+    files = [Path(path) for path in paths]
+    check_inputs(files)
+    made_of = {
+        "options": {
+            "fields": list(fields),
+            **json.loads(json.dumps(asdict(settings))),
+            "template": settings.template.text,
+        },
+        "sources": [
+            {"path": os.path.abspath(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
+        ],
+    }
     if output.exists():
-        return {"output": str(output), **_made_before(output, inputs, options)}
+        return {"output": str(output), **_made_before(output, made_of)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    tally, temporary = Tally(), temporary_path(output)
+    temporary = temporary_path(output)
     try:
-        with pyarrow.output_stream(str(temporary), compression=_COMPRESSION.get(output.suffix)) as stream:
-            for record in pair_documents(read_pairs(paths, fields), settings, tally):
-                stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        if not tally.directions:
-            raise DataError(f"no pair to write to {output}: the files hold {tally.pairs:,}, none with both sides")
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        facts = {"sha256": sha256_file(temporary), "bytes": temporary.stat().st_size}
-        # Before the file that it describes: so a file that is there has its manifest, whenever this was killed.
-        write_manifest(_manifest(output), _KIND, inputs, options=options, **tally.facts(), outputs={"jsonl": facts})
-        os.replace(temporary, output)
+        tally = _write(read_pairs(files, fields), settings, output, temporary)
+        return {"output": str(output), **_put_in_place(temporary, output, tally, made_of)}
+    except OSError as caught:
+        if caught.errno is None or str(caught.filename) in map(str, files):
+            raise
+        raise OSError(caught.errno, os.strerror(caught.errno), str(output)) from None
     finally:
         temporary.unlink(missing_ok=True)
-    return {"output": str(output), **tally.facts()}
+
+
+def _write(pairs: Iterable[Pair], settings: PairSettings, output: Path, temporary: Path) -> Tally:
+    import pyarrow
+
+    tally = Tally()
+    with pyarrow.output_stream(str(temporary), compression=_COMPRESSION.get(output.suffix)) as stream:
+        for record in pair_documents(pairs, settings, tally):
+            stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    if not tally.directions:
+        raise DataError(f"no pair to write to {output}: the files hold {tally.pairs:,}, none with both sides")
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    return tally
+
+
+def _put_in_place(temporary: Path, output: Path, tally: Tally, made_of: dict[str, Any]) -> dict[str, Any]:
+    """Give the file its name, unless another command has made it meanwhile; returns the counts."""
+    facts = {"sha256": sha256_file(temporary), "bytes": temporary.stat().st_size}
+    inputs = {source["path"]: source["sha256"] for source in made_of["sources"]}
+    with lock_briefly(output.with_name(f"{output.name}.lock"), DataError):
+        if output.exists():
+            return _made_before(output, made_of)
+        # Before the file that it describes: so a file that is there has its manifest, whenever this was killed.
+        write_manifest(_manifest(output), _KIND, inputs, **made_of, **tally.facts(), outputs={"jsonl": facts})
+        os.replace(temporary, output)
+    return tally.facts()
 
 
 def _manifest(output: Path) -> Path:
     return output.with_name(f"{output.name}.manifest.json")
 
 
-def _made_before(output: Path, inputs: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
+def _made_before(output: Path, made_of: dict[str, Any]) -> dict[str, Any]:
     """The counts of a file that was made before.
 
     Raises:
         DataError: of something else, or it was changed.
     """
     manifest = read_manifest(_manifest(output), _KIND, DataError)
-    what = {
-        "from other files": manifest["inputs"] != dict(sorted(inputs.items())),
-        "with other options": manifest["options"] != options,
-        "and then changed": manifest["outputs"]["jsonl"]["sha256"] != sha256_file(output),
-    }
-    for difference, found in what.items():
-        if found:
-            raise DataError(
-                f"{output} exists already and was made {difference}; choose another name, or remove it first"
-            )
+    found = differences(manifest["options"], made_of["options"])
+    sources: tuple[list[dict[str, Any]], ...] = (manifest.get("sources", []), made_of["sources"])
+    for number, (before, now) in enumerate(zip_longest(*sources, fillvalue={}), 1):
+        if before != now:
+            was, new = before.get("path", "none"), now.get("path", "none")
+            found.append(f"input {number}, {new}, has changed" if was == new else f"input {number} was {was}, is {new}")
+            break  # what follows is only shifted
+    if manifest["outputs"]["jsonl"]["sha256"] != sha256_file(output):
+        found.append("it was changed after it was made")
+    if found:
+        raise DataError(
+            f"{output} exists already and differs ({'; '.join(found)}); choose another name, or remove it first"
+        )
     return {name: manifest[name] for name in Tally().facts()}

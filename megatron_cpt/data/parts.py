@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,16 +114,8 @@ class Parts:
         return any(_JOB not in path.name for path in self.folder.iterdir())
 
     def check_inputs(self) -> None:
-        """Raise DataError for inputs that are missing, or given twice."""
-        seen: dict[str, Path] = {}
-        for path in self.inputs:
-            if not path.is_file():
-                raise DataError(f"corpus {path} {'is a folder; name its files' if path.is_dir() else 'does not exist'}")
-            other = seen.setdefault(os.path.realpath(path), path)
-            if other is not path:
-                raise DataError(f"{path} is given twice (also as {other}); name every file once")
-        if not self.inputs:
-            raise DataError("no input files; name at least one")
+        """See the function `check_inputs`."""
+        check_inputs(self.inputs)
 
     def _differences(self) -> list[str]:
         held, mine = read_json(self.folder / _JOB, DataError), self._job
@@ -248,6 +240,19 @@ def _locked(path: Path, input: Path) -> Iterator[None]:
 
 class _HeldError(DataError):
     """Another process works on the part."""
+
+
+def check_inputs(paths: Sequence[Path]) -> None:
+    """Raise DataError for input files that are missing or given twice, or where there are none."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"corpus {path} {'is a folder; name its files' if path.is_dir() else 'does not exist'}")
+        other = seen.setdefault(os.path.realpath(path), path)
+        if other is not path:
+            raise DataError(f"{path} is given twice (also as {other}); name every file once")
+    if not paths:
+        raise DataError("no input files; name at least one")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
+import resource
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +21,7 @@ import pytest
 
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.manifest import sha256_file
+from megatron_cpt.data import pairs as module
 from megatron_cpt.data.pairs import (
     Direction,
     Pair,
@@ -41,7 +49,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
-    (tmp_path / "d.tsv").write_text("".join(f"{en}\tx\t{ja}\r\n" for en, ja in texts))
+    (tmp_path / "d.tsv").write_text("\ufeff" + "".join(f"{en}\tx\t{ja}\r\n" for en, ja in texts))
     (tmp_path / "e.tsv.gz").write_bytes(gzip.compress((tmp_path / "d.tsv").read_bytes()))
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.tsv", "e.tsv.gz"):
         fields = ("1", "3") if "tsv" in name else ("en", "ja")
@@ -143,13 +151,13 @@ def test_the_same_command_again_ends_with_the_same_file(corpus: Path, tmp_path: 
     assert write_pairs([corpus], ("en", "ja"), BOTH, output) == facts and output.stat().st_mtime_ns == made
     output.unlink()  # as after a kill between the manifest and the file
     assert write_pairs([corpus], ("en", "ja"), BOTH, output) == facts and output.read_bytes() == before
-    with pytest.raises(DataError, match="exists already and was made with other options"):
+    with pytest.raises(DataError, match=r"exists already and differs \(seed was 1, is 2\)"):
         write_pairs([corpus], ("en", "ja"), dataclasses.replace(BOTH, seed=2), output)
     output.write_bytes(before + b"{}\n")
-    with pytest.raises(DataError, match="exists already and was made and then changed"):
+    with pytest.raises(DataError, match="it was changed after it was made"):
         write_pairs([corpus], ("en", "ja"), BOTH, output)
     corpus.write_text(corpus.read_text() + "\n")
-    with pytest.raises(DataError, match="exists already and was made from other files"):
+    with pytest.raises(DataError, match=f"input 1, {corpus}, has changed"):
         write_pairs([corpus], ("en", "ja"), BOTH, output)
     Path(f"{output}.manifest.json").unlink()
     with pytest.raises(DataError, match="exists already; choose another name"):
@@ -183,3 +191,170 @@ def test_an_error_of_the_system_is_told_as_it_is(name: str, tmp_path: Path) -> N
     with pytest.raises(OSError, match="Input/output error") as caught:
         list(read_pairs([tmp_path / name], ("1", "2")))
     assert str(tmp_path / name) == caught.value.filename
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_null_or_missing_side_is_an_empty_one(ending: str, tmp_path: Path) -> None:
+    rows = [{"id": "w#1", "en": "a", "ja": None}, {"en": "b", "ja": "c", "id": "w#2"}, {"en": None, "ja": None}]
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        expected = [("a", ""), ("b", "c"), ("", "")]
+    else:
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in [*rows, {"ja": "d"}, {"en": "e"}, {"id": "x"}]))
+        expected = [("a", ""), ("b", "c"), ("", ""), ("", "d"), ("e", ""), ("", "")]
+    read = list(read_pairs([path], ("en", "ja")))
+    assert [pair.texts for pair in read] == expected and [pair.id for pair in read[:2]] == ["w#1", "w#2"]
+    step = 1 if ending == "parquet" else 2
+    assert [pair.place for pair in read] == [f"{path}:{1 + step * k}" for k in range(len(read))]
+    facts = write_pairs([path], ("en", "ja"), BOTH, tmp_path / "x.jsonl")
+    assert (facts["pairs"], facts["half_pairs"], facts["documents"]) == (len(expected), len(expected) - 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"en": "a", "ja": 3}', "2: field 'ja' holds number"),
+        ('{"en": "a", "ja": null, "id": []}', "2: field 'id' holds array"),
+        ('{"en": "a", "ja": null', "2: not a line of JSON"),
+        ('{"en": "\\ud800", "ja": null}', "2: 'en' holds a lone surrogate"),
+    ],
+)
+def test_other_broken_records_stop(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"en": "a", "ja": "b"}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        list(read_pairs([tmp_path / "a.jsonl"], ("en", "ja")))
+
+
+def test_a_field_that_no_record_has_and_files_without_pairs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"en": "a", "ja": "b"}\n{"en": "c", "ja": null}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:1: no field 'jp' \(fields here: en, ja\)"):
+        list(read_pairs([tmp_path / "a.jsonl"], ("en", "jp")))
+    (tmp_path / "a.txt").write_text("one text\n")
+    with pytest.raises(DataError, match="one text a document"):
+        list(read_pairs([tmp_path / "a.txt"], ("en", "ja")))
+
+
+def test_a_tsv_is_read_as_strictly_as_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"\xef\xbb\xbfa\tb\n\xef\xbb\xbfc\td\n")  # a mark behind the front is a character
+    assert [pair.texts for pair in read_pairs([path], ("1", "2"))] == [("a", "b"), ("\ufeffc", "d")]
+    path.write_bytes(b"a\tb\nc\x00\td\n")
+    with pytest.raises(DataError, match=f"{path}:2: a NUL at byte 2 of the line"):
+        list(read_pairs([path], ("1", "2")))
+    longest = 32 << 20
+    path.write_bytes(b"a\t" + b"b" * (longest - 2) + b"\n")
+    assert [len(pair.texts[1]) for pair in read_pairs([path], ("1", "2"))] == [longest - 2]
+    path.write_bytes(b"a\t" + b"b" * (longest - 1) + b"\n")
+    with pytest.raises(DataError, match=f"{path}:1: a record of more than {longest} bytes"):
+        list(read_pairs([path], ("1", "2")))
+
+
+def test_a_line_that_is_too_long_is_not_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"a\tb\n")
+    os.truncate(path, 300 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=f"{path}:2: a record of more than"):
+            list(read_pairs([path], ("1", "2")))
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_files_are_compared_in_their_order(corpus: Path, tmp_path: Path) -> None:
+    other, output = tmp_path / "other.jsonl", tmp_path / "x.jsonl"
+    other.write_text('{"en": "One.", "ja": "一。"}\n')
+    facts = write_pairs([corpus, other], ("en", "ja"), BOTH, output)
+    assert write_pairs([corpus, other], ("en", "ja"), BOTH, output) == facts
+    sources = json.loads(Path(f"{output}.manifest.json").read_text())["sources"]
+    assert sources == [{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in (corpus, other)]
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(other.read_bytes())
+    for files, message in (
+        ([other, corpus], f"input 1 was {corpus}, is {other}"),
+        ([corpus, other, more], f"input 3 was none, is {more}"),
+        ([corpus], f"input 2 was {other}, is none"),
+    ):
+        with pytest.raises(DataError, match=message):
+            write_pairs(files, ("en", "ja"), BOTH, output)
+    instruction = dataclasses.replace(BOTH, template=Template("instruction"))
+    with pytest.raises(DataError, match="template was 'plain', is 'instruction'"):
+        write_pairs([corpus, other], ("en", "ja"), instruction, output)
+
+
+def test_a_file_given_twice_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for again in (corpus, f"./{corpus.name}"):
+        with pytest.raises(DataError, match="is given twice"):
+            write_pairs([corpus, again], ("en", "ja"), BOTH, tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match="no input files"):
+        write_pairs([], ("en", "ja"), BOTH, tmp_path / "x.jsonl")
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def other_command(corpus: Path, output: Path, seed: int) -> subprocess.Popen[bytes]:
+    words = ["data", "pairs", str(corpus), "--languages", "en,ja", "--direction", "both", "--seed", str(seed)]
+    command = [sys.executable, "-m", "megatron_cpt.cli.main", *words, "--output", str(output)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_another_command_was_faster(seed: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "x.jsonl"
+
+    def slow(*arguments: object) -> Iterator[Pair]:
+        assert other_command(corpus, output, seed).wait() == 0
+        yield from read_pairs([corpus], ("en", "ja"))
+
+    monkeypatch.setattr(module, "read_pairs", slow)
+    if seed == 1:
+        assert write_pairs([corpus], ("en", "ja"), BOTH, output)["documents"] == 6
+    else:
+        with pytest.raises(DataError, match=r"differs \(seed was 2, is 1\)"):
+            write_pairs([corpus], ("en", "ja"), BOTH, output)
+    manifest = json.loads(Path(f"{output}.manifest.json").read_text())
+    assert manifest["options"]["seed"] == seed and manifest["outputs"]["jsonl"]["sha256"] == sha256_file(output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [corpus.name, "x.jsonl", "x.jsonl.manifest.json"]
+
+
+def test_nothing_comes_between_a_manifest_and_its_file(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, others = tmp_path / "x.jsonl", list[subprocess.Popen[bytes]]()
+    write: Callable[..., None] = module.write_manifest
+
+    def slow(*arguments: object, **fields: object) -> None:
+        write(*arguments, **fields)
+        others.append(other_command(corpus, output, 2))
+        with pytest.raises(subprocess.TimeoutExpired):  # it waits
+            others[0].wait(timeout=2)
+
+    monkeypatch.setattr(module, "write_manifest", slow)
+    write_pairs([corpus], ("en", "ja"), BOTH, output)
+    _, error = others[0].communicate()
+    assert others[0].returncode == 2 and b"seed was 1, is 2" in error.replace(b"\n", b" ")
+    assert json.loads(Path(f"{output}.manifest.json").read_text())["options"]["seed"] == 1
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system writes no file beyond a size, as where a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "small.jsonl"])
+def test_a_disk_without_room(name: str, tmp_path: Path) -> None:
+    corpus, out = tmp_path / "a.tsv", tmp_path / "out"
+    count = 1 if name == "small.jsonl" else 20_000  # of the small one, the manifest does not fit
+    corpus.write_text("".join(f"{os.urandom(8).hex()}\t{os.urandom(8).hex()}\n" for _ in range(count)))
+    with largest_file(300), pytest.raises(OSError, match="File too large") as caught:
+        write_pairs([corpus], ("1", "2"), PairSettings(("en", "ja"), Template("plain"), "forward"), out / name)
+    assert caught.value.filename == str(out / name) and caught.value.errno == 27
+    assert list(out.iterdir()) == []
