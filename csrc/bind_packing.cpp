@@ -90,10 +90,13 @@ py::tuple pack(const Int64s& document_starts, std::int64_t seq_length) {
     const py::gil_scoped_release free;
     for (std::size_t d = 0; d < documents; ++d)
       if (starts[d] > starts[d + 1]) throw std::invalid_argument("document starts fall");
-    std::vector<std::int64_t> histogram(static_cast<std::size_t>(seq_length) + 1, 0);
+    std::int64_t longest = 0;  // predictions of a piece
+    cpt::for_each_piece(starts, documents, seq_length,
+                        [&](std::int64_t, std::int64_t count) { longest = std::max(longest, count); });
+    std::vector<std::int64_t> histogram(static_cast<std::size_t>(longest) + 1, 0);
     cpt::for_each_piece(starts, documents, seq_length,
                         [&](std::int64_t, std::int64_t count) { ++histogram[static_cast<std::size_t>(count)]; });
-    const cpt::Packing packing(histogram);
+    const cpt::Packing packing(histogram, seq_length);
     for (const std::uint32_t pieces : packing.bin_pieces) borders.push_back(borders.back() + pieces);
     std::vector<std::int64_t> rank(histogram.size(), 0);  // of the next piece of each length, by falling length
     for (std::size_t length = histogram.size() - 1; length > 1; --length)

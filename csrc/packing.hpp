@@ -73,21 +73,27 @@ class NumberSet {
 // Best-fit decreasing over lengths 1..capacity: the longest pieces first, each into the fullest bin that holds it.
 //
 // Pieces of one length are interchangeable, so only their number counts: `histogram[n]` pieces of length n give the
-// bin of each piece in the order of falling length. O(pieces * log capacity) time, 4 bytes a piece and 8 a bin.
+// bin of each piece in the order of falling length. It may end at the longest piece that there is, and more room than
+// all pieces take changes nothing. O(pieces * log capacity) time, 4 bytes a piece, 8 a bin and 4.2 a position of
+// min(capacity, sum of the lengths).
 struct Packing {
   std::vector<std::uint32_t> bin_of;      // pieces by falling length
   std::vector<std::uint32_t> bin_pieces;  // pieces of each bin
 
-  explicit Packing(const std::vector<std::int64_t>& histogram) {
-    const std::size_t capacity = histogram.size() - 1;
+  Packing(const std::vector<std::int64_t>& histogram, std::int64_t most) {
     std::int64_t pieces = 0;
-    for (const std::int64_t count : histogram) pieces += count;
+    std::int64_t taken = 0;
+    for (std::size_t length = 1; length < histogram.size(); ++length) {
+      pieces += histogram[length];
+      taken += histogram[length] * static_cast<std::int64_t>(length);
+    }
+    const auto capacity = static_cast<std::size_t>(std::min(most, taken));
     if (pieces > kMost) throw std::invalid_argument(std::to_string(pieces) + " pieces, more than 2^32 - 2");
     bin_of.reserve(static_cast<std::size_t>(pieces));
     std::vector<std::uint32_t> newest(capacity + 1, kNone);  // by room left: the bin last seen with it ...
     std::vector<std::uint32_t> next;                         // ... and for each bin the one before it
     NumberSet rooms(capacity + 1);
-    for (std::size_t length = capacity; length > 0; --length) {
+    for (std::size_t length = histogram.size() - 1; length > 0; --length) {
       for (std::int64_t k = 0; k < histogram[length]; ++k) {
         std::int64_t room = rooms.at_least(length);
         std::uint32_t bin = 0;

@@ -9,10 +9,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_cpt import __version__
 from megatron_cpt.errors import InputError
@@ -67,21 +67,36 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def write_atomic(path: str | os.PathLike[str], fill: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: the file; its folder is there.
+        fill: writes the content with `file.write`.
+
+    Raises:
+        OSError: what the system refuses, with `path` as its file name; nothing of the new file is left.
+    """
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as caught:
+        with suppress(OSError):  # the first refusal is the one to tell
+            temporary.unlink(missing_ok=True)
+        if isinstance(caught, OSError) and caught.errno is not None:
+            raise OSError(caught.errno, caught.strerror, str(path)) from None
+        raise
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # the error that is on its way says more
-            temporary.unlink(missing_ok=True)
-        raise
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.config.manifest import temporary_path, write_text_atomic
+from megatron_cpt.config.manifest import write_atomic, write_text_atomic
 from megatron_cpt.data import _native
 from megatron_cpt.data.indexed import HEADER, IndexedDataset, idx_path
 from megatron_cpt.errors import DataError
@@ -74,6 +74,7 @@ def write_mcore_indices(dataset: IndexedDataset, output: str | Path, settings: M
 
     Raises:
         DataError: settings that cannot be, or a split without a sample.
+        OSError: the system takes no file; its file name is the path of the index.
     """
     if settings.seq_length < 1 or not 0 <= settings.seed < 2**32 or not 0 < len(settings.num_samples) <= len(SPLITS):
         raise DataError(
@@ -104,7 +105,7 @@ def write_mcore_indices(dataset: IndexedDataset, output: str | Path, settings: M
         name = f"{hashlib.md5(description.encode(), usedforsecurity=False).hexdigest()}-{_NAME}-{split}"
         epochs, indices = _indices(lengths, documents, tokens, num_samples, settings)
         for index, array in indices.items():
-            _write(folder / f"{name}-{index}.npy", partial(np.save, arr=array))
+            write_atomic(folder / f"{name}-{index}.npy", partial(_save, array=array))
         # Megatron takes the files only where this one is there too.
         write_text_atomic(folder / f"{name}-description.txt", description)
         written[split] = {
@@ -201,10 +202,6 @@ def _sequence_lengths(dataset: IndexedDataset) -> Int32s:
         return np.fromfile(file, "<i4", count).astype(np.int32, copy=False)
 
 
-def _write(path: Path, fill: Callable[[Any], None]) -> None:
-    temporary = temporary_path(path)
-    with open(temporary, "wb") as file:
-        fill(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _save(file: IO[bytes], array: npt.NDArray[Any]) -> None:
+    """`np.save`, kept from the file's descriptor: what it writes there by itself fails without the system's words."""
+    np.save(SimpleNamespace(write=file.write), array)  # type: ignore[call-overload]

@@ -12,15 +12,14 @@ cut begins with the token that was the last label: no prediction is lost at a cu
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.config.manifest import read_manifest, sha256_file, temporary_path, write_manifest
+from megatron_cpt.config.manifest import read_manifest, sha256_file, write_atomic, write_manifest
 from megatron_cpt.data import _native
 from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.errors import DataError, VerificationError
@@ -110,7 +109,8 @@ class Pack:
 def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
     """Pack a dataset for one sequence length, or find it packed already.
 
-    Takes time O(documents * log S), 12 bytes a piece on disk, and in memory 16 a piece and 24 a bin.
+    Takes time O(documents * log S), 12 bytes a piece on disk, and in memory 16 a piece, 24 a bin, 16 a length up
+    to that of the longest piece, and 4.2 for each of min(S, predictions of the dataset) positions.
     The result depends on the lengths of the documents and on S alone.
 
     Args:
@@ -121,9 +121,11 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
         the manifest: `bins`, `pieces`, `predictions`, `fill` (predictions / (bins * S)), ...
 
     Raises:
-        DataError: no document has two tokens, seq_length is below 1, or there are more than 2^32 - 2 pieces.
+        DataError: no document has two tokens, seq_length is not 1 to 2^30, there are more than 2^32 - 2 pieces, or
+            not enough memory.
+        OSError: the system takes no file; its file name is the path of the pack.
     """
-    path, manifest = _data_path(dataset, seq_length), _manifest_path(dataset, seq_length)
+    path, manifest = _data_path(dataset.prefix, seq_length), _manifest_path(dataset.prefix, seq_length)
     if is_packed(dataset, seq_length):
         held = read_manifest(manifest, _KIND, DataError)
         if sha256_file(path) == held["outputs"]["bin"]["sha256"]:
@@ -132,16 +134,20 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
         firsts, counts, borders = _native.pack(dataset.document_starts, seq_length)
     except ValueError as caught:
         raise DataError(f"{dataset.prefix}: {caught}") from None
+    except MemoryError:
+        raise DataError(
+            f"{dataset.prefix}: not enough memory to pack {dataset.num_tokens:,} tokens for seq_length {seq_length}; "
+            "use a shorter one, or a machine with more memory"
+        ) from None
     if not len(counts):
         raise DataError(f"{dataset.prefix} has no document of two tokens, so there is nothing to predict")
-    temporary = temporary_path(path)
-    with open(temporary, "wb") as file:
+
+    def fill(file: IO[bytes]) -> None:
         for array, dtype in ((firsts, "<i8"), (borders, "<i8"), (counts, "<i4")):
             file.write(np.ascontiguousarray(array, dtype).data)
-        file.flush()
-        os.fsync(file.fileno())
+
     manifest.unlink(missing_ok=True)  # from here until the end there is no pack
-    os.replace(temporary, path)
+    write_atomic(path, fill)
     bins, predictions = len(borders) - 1, int(counts.sum(dtype=np.int64))
     write_manifest(
         manifest,
@@ -160,11 +166,13 @@ def pack_dataset(dataset: IndexedDataset, seq_length: int) -> dict[str, Any]:
 
 def is_packed(dataset: IndexedDataset, seq_length: int) -> bool:
     """Whether there is a pack of this dataset, as it is now, for this sequence length; its content is not looked at."""
-    path = _manifest_path(dataset, seq_length)
+    path = _manifest_path(dataset.prefix, seq_length)
     if not path.exists():
         return False
     manifest = read_manifest(path, _KIND, DataError)
-    return _is_of(manifest, dataset) and _has_size(_data_path(dataset, seq_length), manifest["outputs"]["bin"]["bytes"])
+    return _is_of(manifest, dataset) and _has_size(
+        _data_path(dataset.prefix, seq_length), manifest["outputs"]["bin"]["bytes"]
+    )
 
 
 def open_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
@@ -184,25 +192,43 @@ def open_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
 
 
 def _map_pack(dataset: IndexedDataset, seq_length: int) -> Pack:
-    path = _manifest_path(dataset, seq_length)
+    path = _manifest_path(dataset.prefix, seq_length)
     if not path.exists():
         raise DataError(f"{dataset.prefix} is not packed for seq_length {seq_length}; {_advice(dataset, seq_length)}")
     manifest = read_manifest(path, _KIND, DataError)
     if not _is_of(manifest, dataset):
         raise DataError(f"{path} is of another dataset than {dataset.prefix} holds now; {_advice(dataset, seq_length)}")
-    return Pack(_data_path(dataset, seq_length), manifest)
+    return Pack(_data_path(dataset.prefix, seq_length), manifest)
 
 
 def _advice(dataset: IndexedDataset, seq_length: int) -> str:
     return f"make it with `data pack {dataset.prefix} --seq-length {seq_length}`"
 
 
-def packed_lengths(dataset: IndexedDataset) -> list[int]:
-    """The sequence lengths for which there is a pack beside the dataset, of whatever it then held."""
-    prefix = Path(dataset.prefix)
+def packed_lengths(prefix: str | Path) -> list[int]:
+    """The sequence lengths for which there is a pack beside the dataset at `prefix`, of whatever it then held."""
+    prefix = Path(prefix)
     name = re.compile(re.escape(prefix.name) + r"\.pack-([1-9][0-9]*)\.manifest\.json")
     found = (name.fullmatch(path.name) for path in prefix.parent.iterdir())
     return sorted(int(match[1]) for match in found if match)
+
+
+def remove_packs(prefix: str | Path) -> None:
+    """Remove the packs beside `prefix`: of a dataset that is being replaced they say nothing any more."""
+    for seq_length in packed_lengths(prefix):
+        manifest = _manifest_path(prefix, seq_length)
+        if _is_pack(manifest):
+            manifest.unlink()
+            _data_path(prefix, seq_length).unlink(missing_ok=True)
+
+
+def _is_pack(manifest: Path) -> bool:
+    """Whether the manifest is a pack's, and not that of a dataset with such a name."""
+    try:
+        read_manifest(manifest, _KIND, DataError)
+    except DataError:
+        return False
+    return True
 
 
 def verify_pack(dataset: IndexedDataset, seq_length: int) -> None:
@@ -217,7 +243,7 @@ def verify_pack(dataset: IndexedDataset, seq_length: int) -> None:
     pack = _map_pack(dataset, seq_length)
     if pack.was_changed:
         raise VerificationError(f"{pack.path} was changed after it was made (its SHA-256 differs); pack again")
-    manifest = read_manifest(_manifest_path(dataset, seq_length), _KIND, DataError)
+    manifest = read_manifest(_manifest_path(dataset.prefix, seq_length), _KIND, DataError)
     wrong = pack.difference(dataset.document_starts, seq_length)
     if not wrong and manifest["predictions"] != (predictions := pack.predictions):
         wrong = f"{predictions} predictions, its manifest says {manifest['predictions']}"
@@ -240,9 +266,9 @@ def _identity(dataset: IndexedDataset) -> dict[str, str]:
     return files or {"idx": dataset.content_hash}
 
 
-def _data_path(dataset: IndexedDataset, seq_length: int) -> Path:
-    return Path(f"{dataset.prefix}.pack-{seq_length}.bin")
+def _data_path(prefix: str | Path, seq_length: int) -> Path:
+    return Path(f"{prefix}.pack-{seq_length}.bin")
 
 
-def _manifest_path(dataset: IndexedDataset, seq_length: int) -> Path:
-    return Path(f"{dataset.prefix}.pack-{seq_length}.manifest.json")
+def _manifest_path(prefix: str | Path, seq_length: int) -> Path:
+    return Path(f"{prefix}.pack-{seq_length}.manifest.json")

@@ -55,7 +55,7 @@ def verify_dataset(prefix: str | Path, inputs: bool = False, on_progress: Progre
     _check_borders(dataset)
     _check_counts(dataset)
     used = np.flatnonzero(seen)
-    packed = packed_lengths(dataset)
+    packed = packed_lengths(prefix)
     for seq_length in packed:
         verify_pack(dataset, seq_length)
     return {

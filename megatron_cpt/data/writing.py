@@ -24,6 +24,7 @@ from megatron_cpt.data.indexed import (
     manifest_path,
     running_ends,
 )
+from megatron_cpt.data.packing import remove_packs
 from megatron_cpt.errors import DataError
 
 _CODES = {np.dtype(dtype).newbyteorder("<"): code for code, dtype in DTYPES.items()}
@@ -69,7 +70,8 @@ def complete_dataset(
 ) -> dict[str, Any]:
     """Move finished files to their names and write the manifest, last; returns it.
 
-    From the first move until the manifest is there, nothing at `prefix` can be loaded.
+    From the first move until the manifest is there, nothing at `prefix` can be loaded. Packs of a dataset that was
+    there before are removed.
 
     Args:
         prefix: path of the dataset without an ending.
@@ -83,6 +85,7 @@ def complete_dataset(
         for ending, path in files.items()
     }
     manifest_path(prefix).unlink(missing_ok=True)
+    remove_packs(prefix)
     for ending, path in files.items():
         os.replace(path, f"{prefix}.{ending}")
     write_manifest(manifest_path(prefix), "shards", inputs, **fields, outputs=outputs)

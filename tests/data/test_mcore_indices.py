@@ -13,6 +13,7 @@ from megatron_cpt.cli.main import main
 from megatron_cpt.data import Document, IndexedDataset, build_dataset
 from megatron_cpt.data.mcore_indices import McoreSettings, split_matrix, write_mcore_indices
 from megatron_cpt.errors import DataError
+from tests.data.conftest import largest_file
 from tests.data.test_windows import write_dataset
 
 
@@ -168,3 +169,18 @@ def test_the_identifiers_of_another_tokenizer(prefix: Path, tmp_path: Path) -> N
     assert main([*words, "--mcore-compat", "--tokenizer-identifiers", str(tmp_path / "tokenizer.json")]) == 0
     (description,) = tmp_path.glob("*-description.txt")
     assert json.loads(description.read_text())["tokenizer"] == identifiers
+
+
+def test_a_full_disk_is_told_with_the_path_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "x", [5] * 20_000)
+    (tmp_path / "identifiers.json").write_text('{"class": "Other"}')
+    words = ["data", "indices", tmp_path / "x", "--seq-length", "8", "--num-samples", "all", "--output", tmp_path / "o"]
+    words += ["--split", "1", "--tokenizer-identifiers", tmp_path / "identifiers.json"]
+    with largest_file(20_000):
+        code = main([str(word) for word in words])
+    said = capsys.readouterr().err
+    assert code == 1 and said.startswith(f"error: {tmp_path / 'o'}/"), said
+    assert "-GPTDataset-train-document_index.npy: File too large; " in said
+    assert not list((tmp_path / "o").iterdir())

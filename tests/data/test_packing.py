@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +30,10 @@ from megatron_cpt.data import (
 )
 from megatron_cpt.data.sampler import Source
 from megatron_cpt.errors import DataError, VerificationError
+from tests.data.conftest import largest_file
 from tests.data.test_windows import laid_out, same, write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pieces_of(lengths: list[int], capacity: int) -> list[int]:
@@ -105,7 +110,10 @@ def test_a_pack_is_made_once_and_again_for_another_dataset(tmp_path: Path) -> No
     path = tmp_path / "x.pack-16.bin"
     before = path.stat().st_mtime_ns
     assert pack_dataset(dataset, 16) == made and path.stat().st_mtime_ns == before
+    facts = tmp_path / "x.pack-16.manifest.json"
+    held = facts.read_text()
     write_dataset(tmp_path / "x", [50, 3, 21])
+    facts.write_text(held)
     with pytest.raises(DataError, match="is of another dataset than .*data pack .* --seq-length 16"):
         open_windows(IndexedDataset(tmp_path / "x"), 16, "best_fit")
     changed = IndexedDataset(tmp_path / "x")
@@ -117,8 +125,12 @@ def test_a_pack_is_made_once_and_again_for_another_dataset(tmp_path: Path) -> No
 def test_documents_cut_elsewhere_are_another_dataset(tmp_path: Path) -> None:
     """The same tokens with other borders: .bin alone would not tell."""
     pack_dataset(write_dataset(tmp_path / "x", [40]), 16)
+    facts = tmp_path / "x.pack-16.manifest.json"
+    held = facts.read_text()
+    changed = write_dataset(tmp_path / "x", [20, 20])
+    facts.write_text(held)
     with pytest.raises(DataError, match="another dataset"):
-        open_windows(write_dataset(tmp_path / "x", [20, 20]), 16, "best_fit")
+        open_windows(changed, 16, "best_fit")
 
 
 def test_another_pack_of_the_same_dataset_is_another_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +269,25 @@ def test_a_pack_that_is_none_is_found(packed: Path, change: Callable[..., object
 
 
 def test_a_pack_of_what_the_dataset_held_before_is_found(packed: Path, tokenizer: Path) -> None:
+    facts = Path(f"{packed}.pack-16.manifest.json")
+    held = facts.read_text()
     build_dataset([Document("another text", "xx", "memory")], tokenizer, packed, "xx", overwrite=True)
+    facts.write_text(held)
     with pytest.raises(DataError, match="is of another dataset"):
         verify_dataset(packed)
+
+
+def test_a_dataset_that_is_replaced_takes_its_packs_along(packed: Path, tokenizer: Path) -> None:
+    named = [Path(f"{packed}.pack-512"), Path(f"{packed}-more")]  # a dataset, and one beside with a pack
+    for prefix in named:
+        build_dataset([Document("some text", "xx", "memory")], tokenizer, prefix, "xx")
+    pack_dataset(IndexedDataset(named[1]), 16)
+    build_dataset([Document("another text", "xx", "memory")], tokenizer, packed, "xx", overwrite=True)
+    left = sorted(path.name for path in packed.parent.glob(f"{packed.name}[.-]*pack-*") if path.suffix != ".idx")
+    of_the_dataset = [f"{packed.name}.pack-512.{ending}" for ending in ("bin", "manifest.json")]
+    assert left == sorted([f"{packed.name}-more.pack-16.{e}" for e in ("bin", "manifest.json")] + of_the_dataset)
+    Path(f"{named[0]}.manifest.json").unlink()
+    assert verify_dataset(packed)["packs_checked"] == []
 
 
 def test_nothing_to_predict_and_impossible_lengths(tmp_path: Path) -> None:
@@ -273,9 +301,52 @@ def test_nothing_to_predict_and_impossible_lengths(tmp_path: Path) -> None:
         _native.pack(np.array([0, 5, 3]), 8)
 
 
+def test_memory_does_not_grow_with_room_that_nothing_fills(tmp_path: Path) -> None:
+    """A sample of 2^30 tokens: one bin of all documents, without an array of that size."""
+    lengths = [50, 3, 20, 0, 1]
+    program = (
+        "import numpy as np, resource; from megatron_cpt.data import _native\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"
+        f"firsts, counts, borders = _native.pack(np.array({starts_of(lengths).tolist()}), 1 << 30)\n"
+        "print(firsts.tolist(), counts.tolist(), borders.tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[0, 50, 53] [49, 2, 19] [0, 3]\n", done.stderr
+
+
+def test_too_little_memory_is_told_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pack(starts: np.ndarray, seq_length: int) -> None:
+        raise MemoryError
+
+    write_dataset(tmp_path / "x", [50, 3, 20])
+    monkeypatch.setattr(packing._native, "pack", pack)
+    assert main(["data", "pack", str(tmp_path / "x"), "--seq-length", "1000000000"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'x'}: not enough memory to pack 73 tokens for seq_length 1000000000" in said
+
+
+def test_a_full_disk_is_told_with_the_path_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "x", [5] * 2000)
+    before = sorted(tmp_path.iterdir())
+    with largest_file(4096):
+        code = main(["data", "pack", str(tmp_path / "x"), "--seq-length", "16"])
+    said = capsys.readouterr().err
+    assert code == 1 and said.startswith(f"error: {tmp_path / 'x.pack-16.bin'}: File too large; "), said
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = write_dataset(tmp_path / "x", [50, 3, 20])
     assert main(["data", "pack", str(tmp_path / "x"), "--seq-length", "16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bins"] == len(open_windows(dataset, 16, "best_fit")) == 5
+    assert main(["data", "pack", str(tmp_path / "x"), "--seq-length", "17"]) == 0
+    words = capsys.readouterr().out.split()
+    pack = open_windows(dataset, 17, "best_fit")
+    assert words[words.index("bins") + 1] == str(len(pack)) and words[words.index("pieces") + 1] == "6"
     assert main(["data", "pack", str(tmp_path / "y"), "--seq-length", "16"]) == 2
     assert "y.manifest.json is missing" in capsys.readouterr().err

@@ -17,7 +17,7 @@ def show_facts(value: dict[str, Any]) -> RenderableType:
     for name, fact in value.items():
         if name in ("document", "sample"):
             parts += [Rule(f"{name} {fact['number']}"), show_facts({k: v for k, v in fact.items() if k != "number"})]
-        elif name == "pieces":
+        elif name == "pieces" and isinstance(fact, list):  # a pack has a number of them
             for piece in fact:
                 source = f"document {piece['document']:,}" + (f" of {piece['file']}" if piece["file"] else "")
                 parts += [Rule(f"{piece['tokens']} tokens, {source}"), Text(piece["text"])]
