@@ -232,6 +232,11 @@ class _TextReader:
         except (OSError, EOFError) as caught:
             if self._file.failure is not None:
                 raise self._file.failure from None
+            if "too much memory" in str(caught):  # zstd's word for a window beyond 2^27 bytes
+                raise DataError(
+                    f"{self._path} was compressed with a window that is too large to read (zstd --long beyond 27); "
+                    "compress it again without --long"
+                ) from None
             line = self._line + _native.count_lines(self._carry)
             raise DataError(f"{self._path}:{line}: the compressed file is damaged or cut short ({caught})") from None
 

@@ -13,6 +13,9 @@ import numpy as np
 if TYPE_CHECKING:
     from megatron_cpt.data.encoder import Encoded
 
+_QUOTED = re.compile(r"('.*?'(?!\w))")
+_NUMBER = re.compile(r"(?<![\w.-])\d+(?!\w)")  # by itself: UTF-8 has none
+
 
 @dataclass
 class Counts:
@@ -69,7 +72,17 @@ class Counts:
 
 def fault_kind(reason: str) -> str:
     """The reason of a fault without what differs from one record to the next."""
-    return re.sub(r"\d+", "N", reason.split(" (", 1)[0])
+    parts = _QUOTED.split(reason)  # every second one is a name, which stays as it is
+    kind = ""
+    for number, part in enumerate(parts):
+        if number % 2:
+            kind += part
+            continue
+        before, detail, _ = part.partition(" (")
+        kind += _NUMBER.sub("N", before)
+        if detail:
+            break
+    return kind
 
 
 def manifest_counts(counts: Counts) -> dict[str, Any]:

@@ -254,6 +254,18 @@ def test_an_error_of_the_system_in_a_parquet_is_told_as_it_is(
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path / "a.parquet"))
 
 
+def test_a_window_that_is_too_large_is_told_as_that(tmp_path: Path) -> None:
+    """The frame of `zstd --long=31` is valid: a file to compress again, not a damaged one."""
+    settings = zstandard.ZstdCompressionParameters(window_log=31, compression_level=1)
+    packer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packer.compress(b'{"text": "a"}\n') + packer.flush())
+    with open_blocks(path) as reader, pytest.raises(DataError) as caught:
+        reader.read()
+    assert "a window that is too large to read" in str(caught.value) and "compress it again" in str(caught.value)
+    assert "damaged" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.zst"])
 def test_empty_files_have_no_blocks(name: str, tmp_path: Path) -> None:
     pack = {"l": bytes, "z": gzip.compress, "t": zstandard.compress}[name[-1]]
