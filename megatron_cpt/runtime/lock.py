@@ -20,11 +20,17 @@ def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
     Raises:
         ConfigError: another job holds it, or its file system has no locks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a", encoding="utf-8") as file:
-        if not try_lock(file, ConfigError):
-            raise ConfigError(f"another job is running in {folder}; wait for it or choose another folder")
-        yield
+    path = folder / name
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            is_held = try_lock(file, ConfigError)
+            if not _is_at(path, file):  # removed since it was opened: another file is the lock now
+                continue
+            if not is_held:
+                raise ConfigError(f"another job is running in {folder}; wait for it or choose another folder")
+            yield
+            return
 
 
 @contextmanager
@@ -47,7 +53,8 @@ def lock_briefly(path: Path, error: type[InputError]) -> Iterator[None]:
         except FileNotFoundError:  # another process has just removed the folder
             continue
         with file:
-            _lock(file, fcntl.LOCK_EX, error)
+            if not _lock(file, fcntl.LOCK_EX, error):
+                continue
             if not _is_at(path, file):  # whoever was inside has removed it: another file is the lock now
                 continue
             try:
@@ -58,7 +65,7 @@ def lock_briefly(path: Path, error: type[InputError]) -> Iterator[None]:
 
 
 def try_lock(file: IO[str], error: type[InputError], shared: bool = False) -> bool:
-    """Lock an open file for as long as it is open; False where another process holds it.
+    """Lock an open file for as long as it is open; False where another process holds it, or has removed it.
 
     Args:
         file: the lock file; readable for a shared lock, writable for one alone.
@@ -69,20 +76,21 @@ def try_lock(file: IO[str], error: type[InputError], shared: bool = False) -> bo
         InputError: of the type `error`: the file system has no locks.
     """
     try:
-        _lock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, error)
+        return _lock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, error)
     except BlockingIOError:
         return False
-    return True
 
 
-def _lock(file: IO[str], operation: int, error: type[InputError]) -> None:
+def _lock(file: IO[str], operation: int, error: type[InputError]) -> bool:
+    """Lock it; False where the file is no longer there, as another host of a network file system has removed it."""
     try:
         fcntl.flock(file, operation)
+        return True
     except BlockingIOError:
         raise
     except OSError as caught:
-        if caught.errno == errno.ESTALE:  # removed by another host of a network file system
-            return
+        if caught.errno == errno.ESTALE:
+            return False
         raise error(
             f"{file.name} cannot be locked ({caught.strerror}); its file system has no locks (flock) or they are "
             "switched off: mount it with them, or write to another file system"
