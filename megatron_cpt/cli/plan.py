@@ -89,6 +89,7 @@ def _plan_learn(
 
 def _plan_train(config: TrainConfig, nproc: int | None, is_early: bool) -> dict[str, Any]:
     from megatron_cpt.planning import count_tokens
+    from megatron_cpt.tokenizer import load_tokenizer
 
     if nproc is None:
         _world_size(1)  # a variable that is no number is refused, whatever else is there
@@ -98,7 +99,9 @@ def _plan_train(config: TrainConfig, nproc: int | None, is_early: bool) -> dict[
         job: dict[str, Any] = {**dict.fromkeys(unknown), "tokens": count_tokens(config)}
     else:
         job = _plan_model(config, nproc)
-    return {**job, **_forecast(config.data, config, config.seed), "missing": missing}
+    is_there = all(each["what"] != "tokenizer" for each in missing)
+    sha256 = load_tokenizer(config.tokenizer).sha256 if is_there else None
+    return {**job, **_forecast(config.data, config, config.seed, sha256), "missing": missing}
 
 
 def _plan_model(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
@@ -116,11 +119,14 @@ def _plan_model(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
     return plan_job(config, shape, load_tokenizer(config.tokenizer).vocab_size, config.vocab_divisor, world_size)
 
 
-def _forecast(data: TrainDataConfig, learn: LearnConfig | TrainConfig, seed: int) -> dict[str, Any]:
+def _forecast(
+    data: TrainDataConfig, learn: LearnConfig | TrainConfig, seed: int, tokenizer_sha256: str | None = None
+) -> dict[str, Any]:
     from megatron_cpt.data.forecast import forecast
 
     batch = learn.batch
-    return forecast(data, batch.seq_length, seed, learn.train_steps * batch.global_batch_size)
+    num_samples = learn.train_steps * batch.global_batch_size
+    return forecast(data, batch.seq_length, seed, num_samples, tokenizer_sha256)
 
 
 def _missing(config: TrainConfig) -> list[dict[str, str]]:

@@ -65,9 +65,21 @@ def load_config(
 
 
 def load_any_config(source: str | Path, overrides: Sequence[str] = ()) -> Resolved[RunConfig] | Resolved[TrainConfig]:
-    """Load a `TrainConfig` when the document has `train_steps` at its top, else a `RunConfig`."""
+    """Load a `TrainConfig` or a `RunConfig`, whichever the document is by its keys.
+
+    A training job has `train_steps` at its top, or `train` in its `data`, or a path as its `tokenizer` and no `train`.
+    """
     layers = read_layers(source, overrides)
-    return resolve(layers, TrainConfig) if "train_steps" in layers.tree else resolve(layers, RunConfig)
+    return resolve(layers, TrainConfig) if _is_job(layers.tree) else resolve(layers, RunConfig)
+
+
+def _is_job(tree: Mapping[str, Any]) -> bool:
+    data = tree.get("data")
+    return (
+        "train_steps" in tree
+        or (isinstance(data, dict) and "train" in data)
+        or (isinstance(tree.get("tokenizer"), str) and "train" not in tree)
+    )
 
 
 def resolve(layers: Layers, model: type[Config]) -> Resolved[Config]:

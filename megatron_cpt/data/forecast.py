@@ -15,7 +15,9 @@ from megatron_cpt.data.windows import open_windows
 _UNKNOWN = 1 << 40  # stands for the number of windows of a source of which nothing is known
 
 
-def forecast(data: TrainDataConfig, seq_length: int, seed: int, num_samples: int) -> dict[str, Any]:
+def forecast(
+    data: TrainDataConfig, seq_length: int, seed: int, num_samples: int, tokenizer_sha256: str | None = None
+) -> dict[str, Any]:
     """The sources and stages of a plan.
 
     Shares, and the samples that follow from them, need no dataset. Epochs need the size of a source: that of its
@@ -27,6 +29,7 @@ def forecast(data: TrainDataConfig, seq_length: int, seed: int, num_samples: int
         seq_length: S, tokens of a sample.
         seed: of the order.
         num_samples: of the run.
+        tokenizer_sha256: of the job's tokenizer; None: it is not there yet, and no dataset is compared with it.
 
     Returns:
         `sources`: for each its `name`, `prefix`, `language`, `samples` of an epoch (None: not known), `known_from`
@@ -34,8 +37,13 @@ def forecast(data: TrainDataConfig, seq_length: int, seed: int, num_samples: int
         `max_epochs`; `stages`: as `describe_order`, with None for what is not known.
 
     Raises:
-        DataError: what `SamplePlan` refuses, where all is built; else what `Order` refuses by the sizes that are known.
+        DataError: a dataset, also one of the validation, of another tokenizer; what `SamplePlan` refuses, where all is
+            built; else what `Order` refuses by the sizes that are known.
     """
+    if tokenizer_sha256 is not None:
+        for prefix in [*(source.prefix for source in data.train), *(held.prefix for held in data.validation)]:
+            if manifest_path(prefix).exists():
+                IndexedDataset(prefix).check_tokenizer(tokenizer_sha256)
     known = [_samples(source, seq_length) for source in data.train]
     if all(origin == "dataset" for _, origin in known):
         order = open_plan(data, seq_length, seed).order

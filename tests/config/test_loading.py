@@ -92,6 +92,21 @@ def test_the_document_says_which_kind_it_is(tmp_path: Path) -> None:
     assert isinstance(load_any_config("quickstart").config, RunConfig)
 
 
+@pytest.mark.parametrize("without", ["", "tokenizer: tok\n"])
+def test_a_job_without_its_steps_is_still_a_job(without: str, tmp_path: Path) -> None:
+    job = write(tmp_path / "job.yaml", TRAIN.replace("train_steps: 10\n", "").replace(without, ""))
+    with pytest.raises(ConfigError) as caught:
+        load_any_config(job)
+    missing = ["train_steps"] + (["tokenizer"] if without else [])
+    assert str(caught.value).count(": got nothing, expected a value") == len(missing)
+    assert all(f"{name}: got nothing" in str(caught.value) for name in missing) and "unknown" not in str(caught.value)
+
+
+def test_a_job_without_data_and_steps_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"2 problems:\n  train_steps: got nothing.*\n  data: got nothing"):
+        load_any_config(write(tmp_path / "job.yaml", "output: runs/job\ntokenizer: tok\n"))
+
+
 def test_hash_is_of_the_values_alone(tmp_path: Path) -> None:
     recipe = load_config("quickstart", RunConfig)
     copy = load_config(write(tmp_path / "copy.yaml", recipe.dump()), RunConfig)

@@ -87,9 +87,15 @@ def test_a_sample_of_a_job_is_traced_to_its_documents(
 
 def test_what_inspect_needs(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = str(job.parent / "x")
-    for words in ([], [prefix, "--plan", str(job)], ["--plan", str(job)]):
+    plan = ["--plan", str(job)]
+    for words, message in (
+        ([], "got neither PREFIX nor --plan; expected PREFIX, or --plan CONFIG --sample NUMBER"),
+        ([prefix, *plan], f"got both PREFIX {prefix} and --plan {job}; expected PREFIX, or"),
+        (plan, "data inspect --plan: got no --sample; say which sample"),
+        ([*plan, "--sample", "1", "--document", "1"], "--document is of a dataset; give PREFIX in place of --plan"),
+    ):
         assert main(["data", "inspect", *words]) == 2
-        assert "expected PREFIX, or --plan CONFIG --sample NUMBER" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main(["data", "inspect", "--plan", str(job), "--sample", "40"]) == 2
     assert "the stages hold 1,920 tokens (40 samples of 48), asked for was sample 41" in capsys.readouterr().err
 
@@ -122,6 +128,24 @@ def test_plan_shows_the_stages(job: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [row["epochs"] is None for row in without["stages"][1]["sources"]].count(True) == 1
     assert main(["plan", str(job)]) == 0
     assert "megatron-cpt data build FILE..." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["x", "y"])
+def test_plan_refuses_a_dataset_of_another_tokenizer(
+    other: str, job: Path, documents: list[Document], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a source and of the validation, also where another dataset is not there yet; as `data inspect --plan` does."""
+    config = json.loads(job.read_text())
+    config["data"]["validation"] = [{"prefix": config["data"]["train"].pop()["prefix"], "language": "yy"}]
+    config["data"]["train"].append({"prefix": str(tmp_path / "z"), "language": "zz"})
+    job.write_text(json.dumps(config | {"data": config["data"] | {"stages": []}}))
+    assert main(["plan", str(job)]) == 0
+    capsys.readouterr()
+    manifest = read_json(manifest_path(tmp_path / other))
+    write_json_atomic(manifest_path(tmp_path / other), {**manifest, "tokenizer_sha256": "0" * 64})
+    assert main(["plan", str(job)]) == 2
+    assert f"{tmp_path / other} was built with tokenizer 000000000000, this one is" in capsys.readouterr().err
+    assert main(["plan", str(job), "--set", f"tokenizer={tmp_path / 'none'}"]) == 0, "nothing to compare with yet"
 
 
 def test_a_document_is_traced_to_its_line(

@@ -43,8 +43,17 @@ def inspect(
         trace_document,
     )
 
-    if (prefix is None) == (plan is None) or (plan is not None and (sample is None or document is not None)):
-        raise ConfigError("data inspect: got neither or both; expected PREFIX, or --plan CONFIG --sample NUMBER")
+    if (prefix is None) == (plan is None):
+        got = "neither PREFIX nor --plan" if plan is None else f"both PREFIX {prefix} and --plan {plan}"
+        raise ConfigError(f"data inspect: got {got}; expected PREFIX, or --plan CONFIG --sample NUMBER")
+    if plan is not None and document is not None:
+        raise ConfigError(
+            "data inspect: --document is of a dataset; give PREFIX in place of --plan, or --sample NUMBER"
+        )
+    if plan is not None and sample is None:
+        raise ConfigError(
+            "data inspect --plan: got no --sample; say which sample of the job to show, such as --sample 0"
+        )
     if plan is not None and sample is not None:
         emit({"sample": _sample_of_job(plan, tokenizer, sample)}, as_json, show_facts)
         return
