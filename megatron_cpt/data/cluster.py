@@ -34,6 +34,7 @@ _ANSWER_SECONDS = 120.0  # for every host to start a process and look around
 _REPORT_SECONDS = 1.0
 _LOCK_SECONDS = 120.0  # NFS servers hold the locks of a lost host for a lease of about 90 s
 _LATE_SECONDS = 60.0  # after which a network file system shows what another host has written
+_CANCEL_AGAIN_SECONDS = 5.0
 _CANCEL_SECONDS = 20.0
 
 
@@ -215,10 +216,11 @@ class Cluster:
                 if idle is not None:
                     idle()
         finally:
-            for task in running:
-                ray.cancel(task)
-            if running:
-                ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_SECONDS)
+            left, end = list(running), time.monotonic() + _CANCEL_SECONDS
+            while left and time.monotonic() < end:  # an interrupt that falls into a callback of Python is lost
+                for task in left:
+                    ray.cancel(task)
+                _, left = ray.wait(left, num_returns=len(left), timeout=_CANCEL_AGAIN_SECONDS)
 
     def _threads_each(self, num_parts: int) -> int:
         cores = [host.num_cpus for host in self.hosts]
