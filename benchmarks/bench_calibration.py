@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cpt.checkpoint import LlamaForward, open_hf
+from megatron_cpt.checkpoint import LlamaForward, open_hf, read_checkpoint_manifest
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.config.loading import load_config
 from megatron_cpt.config.schema import RunConfig
@@ -85,12 +85,8 @@ def train_rows(folder: Path, out: Path, rate: float, steps: int, tokens: int) ->
         path.name.split(".")[0] for path in (folder / "shards").glob("*.train.bin") if "en" not in path.name
     )
     prefixes = [folder / "shards" / f"{name}.train" for name in ("en", language)]
-    manifest = folder / "surgery" / "hf"
-    from megatron_cpt.checkpoint import read_checkpoint_manifest
-
-    take, _ = calibration_tokens(
-        [prefixes[0]], [prefixes[1]], read_checkpoint_manifest(manifest)["tokenizer_sha256"], 128, 0.5, 1
-    )
+    tokenizer = read_checkpoint_manifest(folder / "surgery" / "hf")["tokenizer_sha256"]
+    take, _ = calibration_tokens([prefixes[0]], [prefixes[1]], tokenizer, 128, 0.5, 1)
     optimizer = torch.optim.Adam(rows.values(), lr=rate, betas=(0.9, 0.95))
     losses = []
     for step in range(steps):
@@ -111,7 +107,7 @@ def train_rows(folder: Path, out: Path, rate: float, steps: int, tokens: int) ->
         losses.append(float(loss.detach()))
     out.mkdir(parents=True, exist_ok=True)
     for path in (folder / "surgery" / "hf").iterdir():
-        if path.name not in ("model.safetensors", "manifest.json", "surgery_certificate.json"):
+        if path.is_file() and path.name not in ("model.safetensors", "manifest.json", "surgery_certificate.json"):
             (out / path.name).write_bytes(path.read_bytes())
     weights = load_file(folder / "surgery" / "hf" / "model.safetensors")
     for name in (EMBEDDING, HEAD):
