@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -34,7 +36,6 @@ _ANSWER_SECONDS = 120.0  # for every host to start a process and look around
 _REPORT_SECONDS = 1.0
 _LOCK_SECONDS = 120.0  # NFS servers hold the locks of a lost host for a lease of about 90 s
 _LATE_SECONDS = 60.0  # after which a network file system shows what another host has written
-_CANCEL_AGAIN_SECONDS = 5.0
 _CANCEL_SECONDS = 20.0
 
 
@@ -216,11 +217,10 @@ class Cluster:
                 if idle is not None:
                     idle()
         finally:
-            left, end = list(running), time.monotonic() + _CANCEL_SECONDS
-            while left and time.monotonic() < end:  # an interrupt that falls into a callback of Python is lost
-                for task in left:
-                    ray.cancel(task)
-                _, left = ray.wait(left, num_returns=len(left), timeout=_CANCEL_AGAIN_SECONDS)
+            for task in running:
+                ray.cancel(task)
+            if running:
+                ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_SECONDS)
 
     def _threads_each(self, num_parts: int) -> int:
         cores = [host.num_cpus for host in self.hosts]
@@ -297,6 +297,9 @@ def _read(ledger: Any) -> dict[int, int]:
 def _run_task(held: tuple[str, str, Callable[[Any], Any]], task: Any) -> tuple[Any, CptError | None]:
     """On a host: the function's value, or the error that a user can act on, as values for Ray."""
     version, folder, function = held
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        # A cluster that was started from a background shell has inherited this, and no task could be stopped.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if version != __version__:  # of a host that has joined later
         return None, _other_version(socket.gethostname(), version, __version__)
     if os.path.isdir(folder):
