@@ -19,7 +19,7 @@ VERBS = {
     "plan": "Show what a configuration means: every value, parameters, layout, memory.",
     "tokenizer": "Train, extend, replace, measure and verify tokenizers.",
     "surgery": "Fit a model's embedding and head to another vocabulary.",
-    "data": "Build, inspect and verify indexed datasets.",
+    "data": "Clean corpora; build, pack, inspect and verify indexed datasets.",
     "checkpoint": "Convert, verify and show checkpoints.",
     "train": "Train one job, starting its processes where nobody else did.",
     "evaluate": "Bits per byte of a model on held-out text.",
