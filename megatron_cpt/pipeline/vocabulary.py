@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_cpt.config.schema import TokenizerConfig
 from megatron_cpt.pipeline.corpus import Corpus
-from megatron_cpt.tokenizer import TextMixture, extend_base, load_tokenizer, replace_base
+from megatron_cpt.tokenizer import TextMixture, extend_tokenizer, load_tokenizer, replace_tokenizer
 
 
 class _TrainTexts:
@@ -35,7 +35,7 @@ def adapt_tokenizer(
         output: folder to write.
     """
     if config.method == "extend":
-        extension = extend_base(
+        extension = extend_tokenizer(
             base,
             _TrainTexts(target),
             config.num_pieces,
@@ -54,7 +54,7 @@ def adapt_tokenizer(
         texts = {corpus.language: _TrainTexts(corpus) for corpus in (source, target)}
         # The base's size, rounded down, where none is stated.
         size = config.vocab_size or load_tokenizer(base).vocab_size // config.divisor * config.divisor
-        replacement = replace_base(
+        replacement = replace_tokenizer(
             base,
             TextMixture(texts, balance),
             size,

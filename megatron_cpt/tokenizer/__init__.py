@@ -2,7 +2,7 @@
 
 The way through: `loading` reads any tokenizer; `training` (on a `mixture` of languages), `extending` and
 `replacing` make SentencePiece models, whose bytes `model_file` knows and whose Hugging Face files `hf_files`
-writes; `byte_level` does the same for Llama 3's kind, `families` takes either. `sweep` helps to choose a size;
+writes; `byte_level` does the same for Llama 3's kind, by the same functions. `sweep` helps to choose a size;
 `vocab_map` says where each new id comes from; `measure` and `report` say what that does to text, `verify` proves
 that all readers of a folder agree, `convert` writes the right files of a model that has none.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 from megatron_cpt.tokenizer.choosing import SCORES
 from megatron_cpt.tokenizer.convert import convert_tokenizer
 from megatron_cpt.tokenizer.extending import ExtendReport, extend_tokenizer
-from megatron_cpt.tokenizer.families import extend_base, replace_base
 from megatron_cpt.tokenizer.loading import Tokenizer, load_tokenizer
 from megatron_cpt.tokenizer.measure import measure, source_lines_changed
 from megatron_cpt.tokenizer.mixture import TextMixture
@@ -42,14 +41,12 @@ __all__ = [
     "compare_peers",
     "compare_tokenizers",
     "convert_tokenizer",
-    "extend_base",
     "extend_tokenizer",
     "fast_slow_mismatches",
     "load_tokenizer",
     "map_vocabularies",
     "measure",
     "read_piece_list",
-    "replace_base",
     "replace_tokenizer",
     "source_lines_changed",
     "sweep_sizes",

@@ -1,4 +1,4 @@
-"""The SentencePiece model that a new tokenizer grows out of."""
+"""The base that a new tokenizer grows out of: which family it is of, and the model of a SentencePiece base."""
 
 from __future__ import annotations
 
@@ -7,8 +7,35 @@ from pathlib import Path
 from megatron_cpt.config.manifest import read_json
 from megatron_cpt.errors import TokenizerError
 from megatron_cpt.tokenizer.hf_files import TOKENIZER_CONFIG, check_expressible
-from megatron_cpt.tokenizer.loading import JSON_FILE, SENTENCEPIECE_FILE, SentencePieceTokenizer, load_tokenizer
+from megatron_cpt.tokenizer.loading import (
+    JSON_FILE,
+    SENTENCEPIECE_FILE,
+    ByteLevelTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+)
 from megatron_cpt.tokenizer.model_file import ModelFile, read_model_file
+
+
+def is_byte_level(path: str | Path, **given: bool) -> bool:
+    """Whether a base is byte-level BPE, whose pieces come of merges that continue its own.
+
+    Args:
+        path: the base's folder or file.
+        given: name of each option that has no meaning for such a base, and whether it was given.
+
+    Raises:
+        TokenizerError: it is, and one of them was.
+    """
+    if not isinstance(load_tokenizer(path), ByteLevelTokenizer):
+        return False
+    options = [name for name, is_given in given.items() if is_given]
+    if options:
+        raise TokenizerError(
+            f"{path} is a byte-level BPE tokenizer, for which {' and '.join(options)} has no meaning: its pieces come "
+            "of merges that continue its own; leave it out"
+        )
+    return True
 
 
 def read_base(path: str | Path) -> tuple[SentencePieceTokenizer, ModelFile]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.config.manifest import sha256_json
 from megatron_cpt.errors import TokenizerError
-from megatron_cpt.tokenizer.base_model import read_base
+from megatron_cpt.tokenizer.base_model import is_byte_level, read_base
+from megatron_cpt.tokenizer.byte_level import ByteLevelExtendReport, extend_byte_level
 from megatron_cpt.tokenizer.choosing import Choice, lost_pieces
 from megatron_cpt.tokenizer.hf_files import write_hf_files
 from megatron_cpt.tokenizer.loading import SENTENCEPIECE_FILE, load_tokenizer
@@ -21,6 +22,7 @@ from megatron_cpt.tokenizer.training import train_model, write_tokenizer_manifes
 from megatron_cpt.tokenizer.vocab_map import VOCAB_MAP_FILE, map_vocabularies
 
 _EXAMPLES = 20
+_LEAST_COUNT = 2  # a pair of a byte-level base that comes up once is not worth a merge
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,17 @@ def extend_tokenizer(
     min_count: int = 0,
     pieces: Sequence[str] | None = None,
     presegment: str = "",
-) -> ExtendReport:
-    """Extend a SentencePiece BPE tokenizer with pieces trained on a target language.
+) -> ExtendReport | ByteLevelExtendReport:
+    """Extend a tokenizer with pieces of a target language.
+
+    A byte-level base (Llama 3's kind) goes the way of `extend_byte_level`; of SentencePiece bases:
 
     The base's own ids, pieces and scores stay byte for byte. With "rank-tail" the new pieces follow the
     base's in the order of the target-language model, with scores below every score of the base. So all
     merges of the base still come first, and a text without a character of the script is cut as before.
 
     Args:
-        base: a folder with tokenizer.model, or that file.
+        base: a folder with tokenizer.model or (byte-level) tokenizer.json, or that file.
         texts: documents of the target language; read twice where `min_count` is above 0.
         num_pieces: pieces to train and offer (without the special and byte pieces). Those that the base
             has, or that are not of the script, are not appended. Not used with `pieces`.
@@ -92,7 +96,8 @@ def extend_tokenizer(
         scores: "rank-tail", "own-rank" or "zero"; see `Choice`. "zero" is the common recipe, as a control: it
             recuts the base's languages, and only tokenizer.model is written.
         min_count: pieces used fewer times in the texts by the extended tokenizer are not appended, unless
-            a piece that is appended is merged through them.
+            a piece that is appended is merged through them. Byte-level: how often a pair has to come up to be
+            merged, at least 2. There all characters are covered, and the following, like `scores`, has no meaning.
         pieces: offered instead of trained ones, the most important first.
         presegment: finds words whose boundaries no piece crosses; see `load_presegmenter`.
 
@@ -101,16 +106,17 @@ def extend_tokenizer(
 
     Raises:
         TokenizerError: the base is not a Llama-like SentencePiece model or has tokens outside of it, the
-            text is empty or gives no new piece of the script, the list has duplicates, or the output is taken.
+            text is empty or gives no new piece of the script, the list has duplicates, the output is taken, or
+            an option is given that has no meaning for a byte-level base.
     """
-    output = Path(output)
-    check_free(output, TokenizerError)
+    if is_byte_level(base, scores=scores != "rank-tail", pieces=pieces is not None, presegment=bool(presegment)):
+        least = max(min_count, _LEAST_COUNT)
+        return extend_byte_level(base, texts, num_pieces, script, divisor, output, language, min_count=least)
+    check_free(Path(output), TokenizerError)
     old, model = read_base(base)
     _check_options(model, texts, num_pieces, script, divisor, scores, min_count)
-    if pieces is None:
-        offer = train_offer(model, texts, num_pieces, character_coverage, presegment)
-    else:
-        offer = Offer(offered_pieces(pieces), sha256_json(list(pieces)))
+    listed = None if pieces is None else Offer(offered_pieces(pieces), sha256_json(list(pieces)))
+    offer = listed or train_offer(model, texts, num_pieces, character_coverage, presegment)
     choice = choose(model, offer.pieces, script, divisor, scores, texts if min_count else (), min_count)
     new = choice.scored()
     data = model.with_appended(new)
@@ -128,7 +134,7 @@ def extend_tokenizer(
         lines=offer.lines,
         text_bytes=offer.text_bytes,
     )
-    with new_folder(output, TokenizerError) as folder:
+    with new_folder(Path(output), TokenizerError) as folder:
         (folder / SENTENCEPIECE_FILE).write_bytes(data)
         if report.fast_file:
             write_hf_files(folder, old.path.parent)

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_cpt.config.folders import check_free, new_folder
 from megatron_cpt.errors import TokenizerError
-from megatron_cpt.tokenizer.base_model import read_base
+from megatron_cpt.tokenizer.base_model import is_byte_level, read_base
+from megatron_cpt.tokenizer.byte_level import ByteLevelReplaceReport, replace_byte_level
 from megatron_cpt.tokenizer.hf_files import write_hf_files
 from megatron_cpt.tokenizer.loading import SENTENCEPIECE_FILE, load_tokenizer
 from megatron_cpt.tokenizer.model_file import ModelFile, Piece, PieceType
@@ -59,8 +60,10 @@ def replace_tokenizer(
     character_coverage: float = 0.9995,
     *,
     presegment: str = "",
-) -> ReplaceReport:
-    """Train a new vocabulary by a SentencePiece base's rules and give shared pieces the base's ids.
+) -> ReplaceReport | ByteLevelReplaceReport:
+    """Train a new vocabulary by a base's rules and give shared pieces the base's ids.
+
+    A byte-level base (Llama 3's kind) goes the way of `replace_byte_level`; of SentencePiece bases:
 
     Special and byte pieces keep their ids, and so does every trained piece that the base has at an id below
     the new size. The other trained pieces fill the ids that are left, in the order of their scores; so a
@@ -68,7 +71,7 @@ def replace_tokenizer(
     those of the trained model: texts are cut as it cuts them, whatever the ids are.
 
     Args:
-        base: a folder with tokenizer.model, or that file.
+        base: a folder with tokenizer.model or (byte-level) tokenizer.json, or that file.
         texts: documents of all languages; a `TextMixture` gives each its share.
         vocab_size: ids of the new vocabulary, more or fewer than the base's or as many.
         divisor: `vocab_size` is a multiple of it; where the text offers fewer pieces, the last merges go.
@@ -83,12 +86,13 @@ def replace_tokenizer(
     Raises:
         TokenizerError: the base is not a Llama-like SentencePiece BPE model or has tokens outside of it,
             the size cannot hold its special and byte ids or the text's alphabet or is no multiple of the
-            divisor, the text is empty, or the output is taken.
+            divisor, the text is empty, the output is taken, or `presegment` is given for a byte-level base.
 
     Source: the re-ordered ids are those of the Llama 2 vocabulary replacement by Ricoh (NLP2024).
     """
-    output = Path(output)
-    check_free(output, TokenizerError)
+    if is_byte_level(base, presegment=bool(presegment)):
+        return replace_byte_level(base, texts, vocab_size, divisor, output, language)
+    check_free(Path(output), TokenizerError)
     old, model = read_base(base)
     fixed = {id: piece for id, piece in enumerate(model.pieces) if piece.type in _FIXED}
     _check_size(vocab_size, divisor, fixed)
@@ -118,7 +122,7 @@ def replace_tokenizer(
         text_bytes=trained.text_bytes,
         languages=languages_of(texts),
     )
-    with new_folder(output, TokenizerError) as folder:
+    with new_folder(Path(output), TokenizerError) as folder:
         (folder / SENTENCEPIECE_FILE).write_bytes(model.with_pieces(pieces))
         write_hf_files(folder, old.path.parent)
         map_vocabularies(old, load_tokenizer(folder)).save(folder / VOCAB_MAP_FILE)

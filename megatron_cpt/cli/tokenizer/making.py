@@ -119,7 +119,7 @@ def extend(
     as_json: JsonOption = False,
 ) -> None:
     """Append pieces of a target language; text without its script is cut exactly as before."""
-    from megatron_cpt.tokenizer import extend_base, load_tokenizer, read_piece_list
+    from megatron_cpt.tokenizer import extend_tokenizer, load_tokenizer, read_piece_list
 
     language = language or ("" if script == "any" else script)
     files = corpora_of([*(corpus or ()), *(more or ())], language)
@@ -132,7 +132,7 @@ def extend(
         _say_plan(files, text_field, output, as_json, old_size=old_size, num_pieces=offered, script=script)
         return
     with progress(f"Extending {base_model}") as advance:
-        report = extend_base(
+        report = extend_tokenizer(
             base_model,
             corpus_texts(files, text_field, balance, max_bytes, advance) if files else (),
             num_pieces,
@@ -165,7 +165,7 @@ def replace(
     as_json: JsonOption = False,
 ) -> None:
     """Train a vocabulary of several languages in which every piece the base has keeps the base's id."""
-    from megatron_cpt.tokenizer import load_tokenizer, replace_base
+    from megatron_cpt.tokenizer import load_tokenizer, replace_tokenizer
 
     files = corpora_of([*corpus, *(more or ())], "")
     if dry_run:
@@ -173,7 +173,7 @@ def replace(
         _say_plan(files, text_field, output, as_json, old_size=old_size, vocab_size=vocab_size)
         return
     with progress(f"Replacing {base_model}") as advance:
-        report = replace_base(
+        report = replace_tokenizer(
             base_model,
             corpus_texts(files, text_field, balance, max_bytes, advance),
             vocab_size,
