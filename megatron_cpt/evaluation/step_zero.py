@@ -62,7 +62,8 @@ def certify(
         DataError: no source text.
     """
     old, new = open_checkpoint(base), open_checkpoint(operated)
-    if (new.vocab_size, read_checkpoint_manifest(operated)["tokenizer_sha256"]) != (plan.new_size, plan.new_sha256):
+    made_for = read_checkpoint_manifest(operated)["tokenizer_sha256"]
+    if made_for != plan.new_sha256 or new.vocab_size < plan.new_size:  # more rows are padding
         raise CheckpointError(f"{operated} was not made by this plan: it has another vocabulary; apply the plan first")
     names = {"embedding": EMBEDDING} if old.llama.tied_embeddings else {"embedding": EMBEDDING, "head": HEAD}
     kept = {name: plan.kept(name) for name in names}

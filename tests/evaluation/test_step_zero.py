@@ -117,6 +117,20 @@ def test_a_matrix_of_its_own_rows_beside_one_that_keeps_them(
         assert plan.kept() == {} and len(plan.removed()) == plan.old_size
 
 
+def test_padded_tables(
+    plan: SurgeryPlan, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    base = make_model(plan.old_size)
+    apply_surgery(plan, base, tmp_path / "made", new_tokenizer, divisor=128)
+    found = certify(base, tmp_path / "made", plan, old_tokenizer, TEXTS, "en", 64)
+    assert found["passed"] and found["kept_rows"]["compared"] == 2 * plan.old_size
+    (tmp_path / "plain").mkdir()
+    plain = certify(
+        base, operated(plan, base, new_tokenizer, tmp_path / "plain" / "made"), plan, old_tokenizer, TEXTS, "en", 64
+    )
+    assert found["matrices"] == plain["matrices"]
+
+
 def test_tied_and_torch_dist(
     plan: SurgeryPlan, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ GENERATION = "generation_config.json"
 # A folder may hold the model in other forms too, with the old tables.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".index"}
 _REPLACED = {CONFIG, GENERATION, MANIFEST, *MODEL_FILES, *SIDE_FILES, "vocab_map.json", "vocab.json", "merges.txt"}
+_REPLACED |= {"surgery_certificate.json"}  # of the surgery that made the source
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ABOUT_THE_OLD = {"kind", "megatron_cpt", "inputs", "format", "shape", "vocab_size", "padded_vocab_size"}
 _ABOUT_THE_OLD |= {"tokenizer_sha256", "weights_sha256", "surgery", "vocab_divisor", *_IDS}
@@ -98,7 +99,7 @@ def carry_documents(source: Path, folder: Path) -> None:
 def adapted_ids(config: dict[str, Any], plan: SurgeryPlan, tokenizer: Tokenizer) -> dict[str, Any]:
     """A config with the ids that begin and end a text where they are in the new vocabulary."""
     # New pieces may be copies too, of an old piece that the old tokenizer reads them as; they are not that piece.
-    new_ids = {old: new for new, old in plan.kept().items()}
+    new_ids = {old: new for name in ("head", "embedding") for new, old in plan.kept(name).items()}
 
     def moved(value: Any) -> Any:
         if isinstance(value, list):
