@@ -9,6 +9,7 @@ reads the same number of tokens. What calibration or a first stage reads is take
     steps           20 steps of a few numbers, without the prior
     rows_first      20 steps of Adam on all new rows of both matrices, the model frozen (what the published
                     recipes do first), at the best of three learning rates
+    rate_2, 4, 8    mean, and embedding and head at so many times the learning rate all along
 
     python benchmarks/bench_calibration.py --source english.jsonl.gz --target ja=japanese.jsonl.gz --output runs/bench
 """
@@ -31,14 +32,20 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data import calibration_tokens
 from megatron_cpt.pipeline import run
 
-STEP_TOKENS = 2048  # of the recipe's training
 COLUMNS = ("target", "seed", "arm", "tokens", "step_0", "adapted", "step_0_source", "adapted_source", "base_source")
-ARMS: dict[str, tuple[int, dict[str, Any] | None]] = {  # tokens read before training, calibration
-    "mean": (0, None),
-    "prior": (8192, {"prior_tokens": 8192}),
-    "prior_steps": (18432, {"prior_tokens": 8192, "steps": 8}),
-    "steps": (22528, {"prior_tokens": 0, "steps": 20, "learning_rate": 0.3}),
-    "rows_first": (20480, None),
+ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # tokens read before training, settings
+    "mean": (0, {}),
+    "prior": (8192, {"surgery.calibration.prior_tokens": 8192}),
+    "prior_steps": (18432, {"surgery.calibration.prior_tokens": 8192, "surgery.calibration.steps": 8}),
+    "steps": (
+        22528,
+        {
+            f"surgery.calibration.{key}": value
+            for key, value in (("prior_tokens", 0), ("steps", 20), ("learning_rate", 0.3))
+        },
+    ),
+    "rows_first": (20480, {}),
+    **{f"rate_{factor}": (0, {"train.optimizer.vocabulary_learning_rate_factor": factor}) for factor in (2, 4, 8)},
 }
 
 
@@ -63,10 +70,11 @@ def run_arm(
     rows: Path | None = None,
 ) -> dict[str, Any]:
     """One arm's report; an arm that was finished before is read, not run again."""
-    tokens, calibration = ARMS[arm]
-    steps = arguments.steps - -(-tokens // STEP_TOKENS)
+    tokens, settings = ARMS[arm]
+    batch = load_config("real-text", RunConfig, shared).config.train.batch
+    steps = arguments.steps - -(-tokens // (batch.global_batch_size * batch.seq_length))
     overrides = [*shared, f"output={folder / arm}", f"train.train_steps={steps}"]
-    overrides += [f"surgery.calibration.{name}={value}" for name, value in (calibration or {}).items()]
+    overrides += [f"{path}={value}" for path, value in settings.items()]
     start = base if rows is None else rows
     if start is not None:
         overrides += [f"base.path={start}", "base.shape=null", "base.train=null"]

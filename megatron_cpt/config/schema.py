@@ -79,6 +79,7 @@ class OptimizerConfig(Section):
 
     learning_rate: float = Field(default=1e-4, gt=0.0)
     min_learning_rate: float = Field(default=3.3e-6, ge=0.0)
+    vocabulary_learning_rate_factor: float = Field(default=1.0, gt=0.0)  # of embedding and head, relative to all others
     warmup_steps: NonNegative = 0
     weight_decay: float = Field(default=0.1, ge=0.0)
     adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)

@@ -86,8 +86,10 @@ def build_optimizer(config: OptimizerConfig, model: Sequence[torch.nn.Module], p
     There is no other: with one data-parallel rank it shards over one, and every checkpoint has one
     format that any layout reads.
 
-    Matrices decay, norms (one-dimensional parameters) do not. The decay is set here on the parameter
-    groups because the engine would apply it only through its own scheduler, which is not used.
+    Embedding and head are a group of their own where their learning rate differs (`vocabulary_learning_rate_factor`);
+    a tied table is one matrix and has that rate. Matrices decay, norms (one-dimensional parameters) do not. The
+    decay is set here on the groups because the engine would apply it only through its own scheduler, which is not
+    used.
     """
     import megatron.core.optimizer as engine
     import megatron.core.optimizer.distrib_optimizer as distributed_engine
@@ -109,15 +111,19 @@ def build_optimizer(config: OptimizerConfig, model: Sequence[torch.nn.Module], p
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         use_distributed_optimizer=True,
     )
-    optimizer = engine.get_megatron_optimizer(
-        settings, list(model), config_overrides=engine.get_standard_config_overrides(settings)
-    )
+    overrides = engine.get_standard_config_overrides(settings)
+    if config.vocabulary_learning_rate_factor != 1.0:
+        # `lr_mult`, for by it the engine finds the group again in a checkpoint; by its own `decoupled_lr` it does not
+        overrides[engine.ParamKey(attr="is_embedding_or_output_parameter")] = {
+            "lr_mult": config.vocabulary_learning_rate_factor
+        }
+    optimizer = engine.get_megatron_optimizer(settings, list(model), config_overrides=overrides)
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
     return optimizer
 
 
 def set_learning_rate(optimizer: Any, value: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, those with a factor of their own by that factor."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_mult", 1.0)

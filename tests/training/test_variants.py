@@ -54,18 +54,23 @@ def runs(tiny: Tiny) -> dict[str, list[dict[str, Any]]]:
     one_language = {"data": {**data, "train": [{**source, "language": "a"} for source in data["train"]]}}
     # Ranks find nothing packed here: the first of them packs while the others wait.
     packed = {"data": {**data, "train": [{**source, "packing": "best_fit"} for source in data["train"]]}}
+    # The first update of Adam is the learning rate times the sign of the gradient.
+    optimizer = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_grad": 0.0, "vocabulary_learning_rate_factor": 3.0}
+    factor = {**given["llama3"], "optimizer": optimizer, "train_steps": 1}
     slow = {"train_steps": 3, "eval_interval_steps": 1}
     one = {
         "llama3-one": given["llama3"],
         "threes-one": given["threes"],
         "one-language": one_language,
         "slow-start": slow,
+        "factor": {**factor, **given["threes"]},
     }
     two = {
         "packed-DP2": packed,
         "bf16": {"precision": "bf16", "parallel": {**TENSOR_2, "sequence_parallel": True}},
         "llama3-TP2": {**given["llama3"], "parallel": {**TENSOR_2, "sequence_parallel": True}},
         "llama3-PP2": {**given["llama3"], "parallel": PIPELINE_2},
+        "factor-PP2": {**factor, "parallel": PIPELINE_2},
     }
     return {
         **tiny.train_many(one, 1),
@@ -121,6 +126,18 @@ def test_tied_tables_stay_one(runs: dict[str, list[dict[str, Any]]], tiny: Tiny)
     assert "lm_head.weight" not in one.names() and one.names() == two.names()
     for name in one.names():
         torch.testing.assert_close(two.read(name), one.read(name), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "start"), [("factor", "threes"), ("factor-PP2", "llama3")])
+def test_embedding_and_head_learn_at_their_own_rate(
+    name: str, start: str, runs: dict[str, list[dict[str, Any]]], tiny: Tiny
+) -> None:
+    """Three times that of the body, tied on two stages as well."""
+    before = load_file(tiny.root / f"{start}-hf" / "model.safetensors")
+    after = open_torch_dist(last_checkpoint(tiny.root / name))
+    moved = {key: (after.read(key)[:VOCAB_SIZE] - before[key][:VOCAB_SIZE]).abs().max().item() for key in before}
+    expected = {key: 3e-3 if key in ("model.embed_tokens.weight", "lm_head.weight") else 1e-3 for key in before}
+    assert moved == pytest.approx(expected, rel=1e-3)
 
 
 def test_bf16_stays_near_fp32(
