@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,7 +294,7 @@ def _plan_shards(folder: Path, entries: list[Entry], max_shard_bytes: int) -> li
 
 
 def write_shard(path: Path, shard: list[Entry], digest: WeightsDigest) -> Iterator[tuple[str, int]]:
-    """Write one safetensors file; yields (name, bytes) after each tensor."""
+    """Write one safetensors file, each block hashed as it is written; yields (name, bytes) after each tensor."""
     kinds = {torch.int64: "I64", **{dtype: kind for kind, dtype in DTYPES.items()}}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -303,7 +304,7 @@ def write_shard(path: Path, shard: list[Entry], digest: WeightsDigest) -> Iterat
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name, shape, dtype, thunk in shard:
             made = thunk()
@@ -313,8 +314,9 @@ def write_shard(path: Path, shard: list[Entry], digest: WeightsDigest) -> Iterat
                     raise CheckpointError(
                         f"{name}: got {tuple(block.shape)} {block.dtype}, announced {tuple(shape)} {dtype}"
                     )
-                digest.update(name, dtype, shape, block)
+                hashed = beside.submit(digest.update, name, dtype, shape, block)
                 written += write_at(file, block)
+                hashed.result()  # before the next block: they come in order, and one is in memory at a time
             if written != num_bytes(shape, dtype):
                 raise CheckpointError(f"{name}: got {written} bytes, announced {num_bytes(shape, dtype)}")
             yield name, written
