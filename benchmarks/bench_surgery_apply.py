@@ -25,16 +25,12 @@ COLUMNS = ("what", "width", "wall_seconds", "cpu_seconds", "peak_mib", "load")
 OLD_SIZE, NEW_SIZE = 32000, 43176
 
 
-def make(folder: Path, width: int) -> None:
-    """Write the model, a tokenizer and the plan."""
-    import random
-
+def write_model(folder: Path, width: int, size: int = OLD_SIZE) -> None:
+    """Write a model of one small layer and two tables of random rows, bf16."""
     import torch
 
     from megatron_cpt.checkpoint import hf_config, hf_shapes, write_hf
     from megatron_cpt.config.schema import LlamaShape
-    from megatron_cpt.surgery import plan_surgery
-    from megatron_cpt.tokenizer import Entry, VocabMap, load_tokenizer, train_tokenizer
 
     head_dim = 128
     shape = LlamaShape(
@@ -53,10 +49,20 @@ def make(folder: Path, width: int) -> None:
             yield (part * 0.02).bfloat16()
 
     entries = [
-        (name, size, torch.bfloat16, lambda size=size, seed=seed: rows(size, seed))
-        for seed, (name, size) in enumerate(hf_shapes(shape, OLD_SIZE).items())
+        (name, part, torch.bfloat16, lambda part=part, seed=seed: rows(part, seed))
+        for seed, (name, part) in enumerate(hf_shapes(shape, size).items())
     ]
-    write_hf(folder / "model", entries, hf_config(shape, OLD_SIZE, "bfloat16", 1, 2))
+    write_hf(folder, entries, hf_config(shape, size, "bfloat16", 1, 2))
+
+
+def make(folder: Path, width: int) -> None:
+    """Write the model, a tokenizer and the plan."""
+    import random
+
+    from megatron_cpt.surgery import plan_surgery
+    from megatron_cpt.tokenizer import Entry, VocabMap, load_tokenizer, train_tokenizer
+
+    write_model(folder / "model", width)
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefgh", k=5)) for _ in range(60)]
     train_tokenizer([" ".join(draw.choices(words, k=9)) for _ in range(200)], 330, folder / "tokenizer")
