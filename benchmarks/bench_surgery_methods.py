@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--omp-rows", type=int, default=256, help="new pieces of the pursuit, its cost is linear in them"
     )
+    parser.add_argument("--omp-width", type=int, default=HELPER_WIDTH, help="width of the pursuit's donor")
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--old-tokenizer")
     parser.add_argument("--new-tokenizer")
@@ -97,7 +98,7 @@ def weights(options: argparse.Namespace) -> tuple[MatrixPlan, int]:
         vectors = table(2 * rows, STATIC_WIDTH)
         return as_plan(sparsemax_weights(vectors[rows:], vectors[:rows]), rows), rows
     if options.arm == "omp":
-        vectors = table(rows + options.omp_rows, HELPER_WIDTH)
+        vectors = table(rows + options.omp_rows, options.omp_width)
         num_atoms = OmpMethod(method="omp", donor="").num_atoms
         return as_plan(matching_pursuit(vectors[rows:], vectors[:rows], num_atoms), rows), rows
     old, new = load_tokenizer(options.old_tokenizer), load_tokenizer(options.new_tokenizer)

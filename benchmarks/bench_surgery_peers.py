@@ -26,7 +26,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,16 @@ COST_ARMS = ("transformers resize", "tokensurgeon subword", "tokensurgeon mean",
 
 def measured(arm: str, python: str, inputs: Path, output: Path, timeout: float) -> dict[str, Any]:
     """Run an arm in a process of its own; what it took, or why there is nothing."""
-    shutil.rmtree(output, ignore_errors=True)
-    shutil.rmtree(f"{output}.plan", ignore_errors=True)
-    shutil.rmtree(f"{output}.plan.calibrated", ignore_errors=True)
+    for left in ("", ".plan", ".plan.calibrated", ".cache"):
+        shutil.rmtree(f"{output}{left}", ignore_errors=True)
     load, begun, log = os.getloadavg()[0], time.monotonic(), output.with_name(f"{output.name}.log")
     with log.open("w") as file:
         words = [python, str(ARMS_FILE), arm, str(inputs), str(output)]
         child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
         usage: resource.struct_rusage | None = None
-        status = 0
+        status, peak = 0, 0.0
         while usage is None and time.monotonic() - begun < timeout:
+            peak = surgery_arms.peak_mib(child.pid) or peak
             pid, status, found = os.wait4(child.pid, os.WNOHANG)
             usage = found if pid else None
             time.sleep(0.01)
@@ -74,14 +75,14 @@ def measured(arm: str, python: str, inputs: Path, output: Path, timeout: float) 
         child.kill()
         _, _, usage = os.wait4(child.pid, 0)
         row["note"] = f"not finished in {timeout:.0f} s"
-    row |= {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2), "peak_mib": round(usage.ru_maxrss / 1024)}
-    if "note" not in row:
-        last = log.read_text().strip().splitlines()[-1:]
-        if status:
-            row["note"] = f"failed: {' '.join(last)}"
-        else:
-            told = json.loads(last[0])
-            row |= {name: round(told[name], 2) for name in COSTS[2:]} | {"imports_mib": round(told["imports_mib"])}
+    row |= {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2), "peak_mib": round(peak)}
+    last = log.read_text().strip().splitlines()[-1:]
+    if status:
+        row["note"] = f"failed: {' '.join(last)}"
+    elif "note" not in row:
+        told = json.loads(last[0])
+        row |= {name: round(told[name], 2) for name in COSTS[2:]}
+        row |= {"imports_mib": round(told["imports_mib"]), "peak_mib": round(told["work_mib"])}
     return row
 
 
@@ -161,16 +162,20 @@ def adopt(made: Path, tokenizer: Path) -> str:
 
 def trained(run: Run, made: Path, arm: str, folder: Path) -> dict[str, Any]:
     """Bits per byte of both languages before and after the training that all arms share."""
+    note = adopt(made, run.paths.tokenizer)
     learn, batch = run.config.train, run.config.train.batch
     read = CALIBRATION_TOKENS if "prior" in arm else 0
     steps = learn.train_steps - -(-read // (batch.global_batch_size * batch.seq_length))
     learn = learn.model_copy(update={"train_steps": steps})
     data = run.config.training_data(str(run.paths.shards))
     data = data.model_copy(update={"validation": validation(run.paths.shards, (run.source, run.target))})
+    shutil.rmtree(folder, ignore_errors=True)
     run_job(run.job(learn, folder, run.paths.tokenizer, data, initial=made), learn.num_processes)
     points = {(point["language"], point["step"]): point["bits_per_byte"] for point in history_of(read_metrics(folder))}
     sides = (("target", run.target.language), ("source", run.source.language))
+    shutil.rmtree(folder)
     return {
+        "note": note,
         "steps": steps,
         **{f"{side}_step_0": round(points[language, 0], 4) for side, language in sides},
         **{f"{side}_end": round(points[language, steps], 4) for side, language in sides},
@@ -185,27 +190,23 @@ def bits(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
         inputs = write_inputs(run)
         for arm in options.arms or surgery_arms.ARMS:
             folder = run.root / "arms" / arm.replace(" ", "_")
-            record = folder / "row.json"
-            if record.exists():
-                yield json.loads(record.read_text())
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            made = folder / "made"
-            row = {
-                "table": "bits",
-                "seed": seed,
-                **measured(arm, python_of(arm, pythons), inputs, made, options.timeout),
-            }
-            if "note" not in row:
-                if arm == "vectors":
-                    shutil.copyfile(made / "vectors.safetensors", inputs / "vectors.safetensors")
-                else:
-                    row["note"] = adopt(made, run.paths.tokenizer)
-                    row |= trained(run, made, arm, folder / "train")
-                    shutil.rmtree(folder / "train")
-            record.write_text(json.dumps(row))
-            yield row
+            folder.mkdir(parents=True, exist_ok=True)
+            python, made = python_of(arm, pythons), folder / "made"
+            took = once(folder / "cost.json", partial(measured, arm, python, inputs, made, options.timeout))
+            found: dict[str, Any] = {}
+            if "note" not in took and arm == "vectors":
+                shutil.copyfile(made / "vectors.safetensors", inputs / "vectors.safetensors")
+            elif "note" not in took:
+                found = once(folder / "bits.json", partial(trained, run, made, arm, folder / "train"))
+            yield {"table": "bits", "seed": seed, **took, **found}
+
+
+def once(record: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was recorded before, or what is made now."""
+    if not record.exists():
+        record.write_text(json.dumps(make()))
+    found: dict[str, Any] = json.loads(record.read_text())
+    return found
 
 
 def cost(options: argparse.Namespace) -> Iterable[dict[str, Any]]:

@@ -12,7 +12,7 @@ line of the output is JSON: seconds and CPU seconds of the imports and of the wo
 from __future__ import annotations
 
 import json
-import resource
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +47,8 @@ def tokensurgeon(method: str) -> Callable[[Path, Path], Arm]:
 
 
 def deepfocus(inputs: Path, output: Path) -> Arm:
-    """FOCUS by its authors, called for each matrix as its README says for untied models."""
+    """FOCUS by its authors, called for each matrix; the second call finds the first one's vectors."""
+    os.environ["XDG_CACHE_HOME"] = f"{output}.cache"  # nothing is left of earlier runs
     import torch
     from deepfocus import FOCUS
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,6 +63,7 @@ def deepfocus(inputs: Path, output: Path) -> Arm:
             source_tokenizer=old,
             target_tokenizer=new,
             target_training_data_path=str(inputs / "target.jsonl"),
+            processes=int(os.environ.get("OMP_NUM_THREADS", 1)),
         )
         for table in (model.get_input_embeddings(), model.get_output_embeddings())
     ]
@@ -82,7 +84,7 @@ def wechsel_formula(inputs: Path, output: Path) -> Arm:
     made = []
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         rows = table.weight.data.numpy()
-        found = create_target_embeddings(vectors["old"], vectors["new"], old, new, rows.copy())
+        found, _, _ = create_target_embeddings(vectors["old"], vectors["new"], old, new, rows.copy())
         found[: len(rows)] = rows  # an extended vocabulary begins with the base's ids
         made.append(torch.from_numpy(found))
     save_with(model, made, output)
@@ -173,6 +175,18 @@ def save_with(model: Any, tables: list[Any], output: Path) -> None:
     model.save_pretrained(output)
 
 
+def peak_mib(pid: int | str = "self") -> float:
+    """The most memory that a process has held; 0 when it has ended.
+
+    ru_maxrss would not do: it begins with the memory of the process that started this one.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
 def main(name: str, inputs: Path, output: Path) -> None:
     """Run an arm and say what it took."""
     taken: dict[str, float] = {}
@@ -181,8 +195,8 @@ def main(name: str, inputs: Path, output: Path) -> None:
     for part in ("imports", "work"):
         next(parts, None)
         now = time.monotonic(), time.process_time()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        taken |= {f"{part}_seconds": now[0] - begun[0], f"{part}_cpu_seconds": now[1] - begun[1], f"{part}_mib": peak}
+        taken |= {f"{part}_seconds": now[0] - begun[0], f"{part}_cpu_seconds": now[1] - begun[1]}
+        taken[f"{part}_mib"] = peak_mib()
         begun = now
     print(json.dumps(taken))
 
