@@ -138,3 +138,20 @@ def test_donors_that_do_not_fit(
     targets[3, 3] = float("inf")
     with pytest.raises(CheckpointError, match="row 3 is not finite"):
         list(matching_pursuit(targets, atoms, 3))
+
+
+def test_memory_is_one_more_table_of_the_atoms():
+    atoms_OD = torch.randn(20_000, 1024, generator=torch.Generator().manual_seed(1))
+    targets_TD = atoms_OD[:2] + atoms_OD[2:4]
+    held = peak_bytes(forget=True)
+    rows = list(matching_pursuit(targets_TD, atoms_OD, 2))
+    size = atoms_OD.numel() * 4
+    assert [set(places.tolist()) for places, _ in rows] == [{0, 2}, {1, 3}]
+    assert peak_bytes() - held < 1.5 * size  # the directions, and no copy of the atoms in float64
+
+
+def peak_bytes(forget: bool = False) -> int:
+    """The most memory that this process has held, since it was last asked to `forget`."""
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024

@@ -84,9 +84,9 @@ def matching_pursuit(targets_TD: Tensor, atoms_OD: Tensor, num_atoms: int) -> It
     Raises:
         CheckpointError: a row is not finite.
     """
+    unit(targets_TD)  # for the check, before there are directions to hold beside it
     directions_OD = unit(atoms_OD)
-    unit(targets_TD)  # for the check
-    lengths = atoms_OD.double().norm(dim=1)
+    lengths = torch.cat([block_BD.double().norm(dim=1) for block_BD in atoms_OD.split(1024)])
     steps = min(num_atoms, *atoms_OD.shape)
 
     def block(targets_BD: Tensor) -> list[Row]:
