@@ -6,8 +6,8 @@ is trained with the same data and scored, bits per byte of held-out works at ste
 calibration reads is taken off its arm's training. Of each process: wall and CPU seconds, imports apart, and the
 peak of its resident memory.
 
-`cost`: the same processes on tables of real size, Llama 2's tokenizer extended by up to 11,176 pieces and random rows of
-width 4,096 in bf16; nothing is trained.
+`cost`: the same processes on tables of real size, Llama 2's tokenizer extended by up to 11,176 pieces and random rows
+of width 4,096 in bf16; nothing is trained.
 
     python benchmarks/bench_surgery_peers.py bits --source english.jsonl.gz --target japanese.jsonl.gz \
         --python mergekit=VENV/bin/python deepfocus=VENV/bin/python wechsel=VENV/bin/python --output runs/peers
