@@ -69,6 +69,12 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """The same bytes as integers of the elements' size: what is equal in them is equal bit for bit, NaN and -0 too."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.dtype.itemsize])
+
+
 class WeightsDigest:
     """SHA-256 of a model's weights, the same in every format and for every way of cutting it up.
 

@@ -12,12 +12,10 @@ MODEL_FILES = ("tokenizer.model", "tokenizer.json")  # the first that is there i
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
-def tokenizer_sha256(folder: Path | None) -> str | None:
-    """Hash of the tokenizer's model file in a folder; None when there is none."""
-    for name in MODEL_FILES if folder is not None else ():
-        if (folder / name).is_file():  # type: ignore[operator]
-            return sha256_file(folder / name)  # type: ignore[operator]
-    return None
+def tokenizer_sha256(path: Path | None) -> str | None:
+    """Hash of a tokenizer's model file, or of the one that a folder holds; None when there is none."""
+    files = [] if path is None else [path, *(path / name for name in MODEL_FILES)]
+    return next((sha256_file(file) for file in files if file.is_file()), None)
 
 
 def recorded_tokenizer(model_folder: Path) -> str | None:
@@ -70,7 +68,18 @@ def end_tokens(folder: Path | None) -> tuple[int | None, int | None]:
 
 
 def copy_tokenizer(source: Path | None, destination: Path) -> None:
-    """Copy a tokenizer's files, those that are there."""
+    """Copy a tokenizer's files, those that are there.
+
+    Args:
+        source: its folder, or its model file. What lies beside a file goes along where the file is the folder's
+            tokenizer; else the file goes alone, under the name that it is looked for by.
+        destination: an existing folder.
+    """
+    if source is not None and source.is_file():
+        if tokenizer_sha256(source.parent) != sha256_file(source):
+            shutil.copyfile(source, destination / MODEL_FILES[source.suffix == ".json"])
+            return
+        source = source.parent
     for name in MODEL_FILES + SIDE_FILES if source is not None else ():
         if (source / name).is_file():  # type: ignore[operator]
             shutil.copyfile(source / name, destination / name)  # type: ignore[operator]

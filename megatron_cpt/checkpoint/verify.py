@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.checkpoint.opening import open_checkpoint
-from megatron_cpt.checkpoint.reader import ModelReader, WeightsDigest, num_bytes, read_blocks
+from megatron_cpt.checkpoint.reader import ModelReader, WeightsDigest, bits, num_bytes, read_blocks
 from megatron_cpt.checkpoint.torch_dist import TorchDistReader
 from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.errors import VerificationError
@@ -114,7 +113,7 @@ def _compare_tensor(
     different, zeros, finite = 0, 0, True
     for ours, theirs in zip(read_blocks(source, name), read_blocks(target, name), strict=True):
         digest.update(name, dtype, target.shape(name), theirs)
-        ours_bits, theirs_bits = _bits(ours.to(dtype)), _bits(theirs)
+        ours_bits, theirs_bits = bits(ours.to(dtype)), bits(theirs)
         if not torch.equal(ours_bits, theirs_bits):
             different += int((ours_bits != theirs_bits).sum())
         finite = finite and bool(torch.isfinite(theirs).all())
@@ -123,11 +122,6 @@ def _compare_tensor(
     if different:
         return f"{name} differs in {different} of {num_bytes(target.shape(name), torch.uint8)} elements", zeros
     return (None if finite else f"{name} holds NaN or infinity"), zeros
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.dtype.itemsize])
 
 
 def _check_padding(target: ModelReader) -> int:

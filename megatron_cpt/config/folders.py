@@ -17,6 +17,13 @@ def check_free(folder: Path, error: type[InputError]) -> None:
         raise error(f"{folder} already holds files: choose a new folder, or remove this one first")
 
 
+def check_apart(source: Path, destination: Path, error: type[InputError]) -> None:
+    """Raise `error` when one of two folders lies inside the other, or they are one."""
+    one, other = source.resolve(), destination.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise error(f"{destination} and {source} lie one inside the other: choose a folder outside the source")
+
+
 @contextmanager
 def new_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
     """A temporary folder that takes the name `folder` when the block ends without an exception.

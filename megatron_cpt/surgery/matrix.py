@@ -1,7 +1,8 @@
 """How one vocabulary matrix is remade: a mix of old rows, and what is not a short sum of them.
 
 Every row is made on its own, whichever rows are asked for: products of matrices are computed in blocks
-that begin at multiples of BLOCK_ROWS, so a tensor-parallel shard is exactly its slice of the whole.
+that begin at multiples of BLOCK_ROWS, so a tensor-parallel shard is exactly its slice of the whole, and no
+product is shared by threads, so their number does not matter either.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 from megatron_cpt.errors import InputError
 from megatron_cpt.surgery.random_rows import normal_rows
 from megatron_cpt.surgery.row_mix import RowMix
+from megatron_cpt.surgery.threads import by_one_thread, in_blocks
 
 BLOCK_ROWS = 1024
+_BLOCK_COLUMNS = 512  # of a product that threads make side by side
 _ADJUSTMENT = {
     "offset": "offset_D",
     "feature": "feature_N",
@@ -70,6 +73,11 @@ class SimilarityMix:
     new_vectors_RE: Tensor
     old_vectors_OE: Tensor
     rule: Rule
+
+    def weights(self, new_BE: Tensor, old_BE: Tensor) -> Tensor:
+        """f of the cosines of some unit vectors: what the sums are taken by, before they are divided."""
+        cosines = new_BE @ old_BE.T
+        return cosines.clamp(min=0) if self.rule == "clamped" else cosines
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,28 +324,38 @@ class RowMaker:
         drawn = normal_rows(fill.seed, fill.matrix, rows.tolist(), width).to(device)
         if fill.kind == "normal":
             return drawn * fill.std
-        return self._mean.float() + drawn @ self._spread.T
+        spread = self._spread.split(_BLOCK_COLUMNS)
+        return self._mean.float() + torch.cat(list(in_blocks(lambda rows: drawn @ rows.T, spread)), dim=1)
 
     def _similar(self, made: SimilarityMix, places: Tensor) -> Tensor:
         device = self.old_VD.device
         vectors_BE = made.new_vectors_RE[places].to(device)
         total = torch.zeros(len(places), self.old_VD.shape[1], device=device)
         weight_sum = torch.zeros(len(places), 1, device=device)
-        for first in range(0, len(made.old_rows), 4 * BLOCK_ROWS):
-            span = slice(first, first + 4 * BLOCK_ROWS)
-            weights = vectors_BE @ made.old_vectors_OE[span].to(device).T
-            weights = weights.clamp(min=0) if made.rule == "clamped" else weights
-            total += weights @ self.old_VD.index_select(0, made.old_rows[span].to(device)).float()
-            weight_sum += weights.sum(1, keepdim=True)
-        return torch.where(weight_sum == 0, self._mean.float(), total / weight_sum)
+
+        def part(span: slice) -> tuple[Tensor, Tensor]:
+            weights = made.weights(vectors_BE, made.old_vectors_OE[span].to(device))
+            rows = self.old_VD.index_select(0, made.old_rows[span].to(device)).float()
+            return weights @ rows, weights.sum(1, keepdim=True)
+
+        step = 4 * BLOCK_ROWS
+        spans = (slice(first, first + step) for first in range(0, len(made.old_rows), step))
+        for rows, sums in in_blocks(part, spans):
+            total += rows
+            weight_sum += sums
+        lost = made.rows[places[(weight_sum == 0).flatten().cpu()]].tolist()
+        if lost:
+            raise InputError(f"rows {lost[:5]} of the plan are like no old row (weights sum to 0): make the plan again")
+        return total / weight_sum
 
     def _polished(self, rows_BD: Tensor, new_rows: Tensor) -> Tensor:
-        if self.plan.match_norm:
-            norm = rows_BD.norm(dim=1, keepdim=True)
-            rows_BD = torch.where(norm > 0, rows_BD * (self._norm / norm), rows_BD)
-        if self.plan.adjustment is None:
-            return rows_BD
-        return self.plan.adjustment.apply(rows_BD, torch.searchsorted(self.plan.new_rows, new_rows))
+        with by_one_thread():
+            if self.plan.match_norm:
+                norm = rows_BD.norm(dim=1, keepdim=True)
+                rows_BD = torch.where(norm > 0, rows_BD * (self._norm / norm), rows_BD)
+            if self.plan.adjustment is None:
+                return rows_BD
+            return self.plan.adjustment.apply(rows_BD, torch.searchsorted(self.plan.new_rows, new_rows))
 
     def _old_blocks(self) -> Iterator[Tensor]:
         """The old rows in fp32, without padding."""
@@ -348,10 +366,9 @@ class RowMaker:
     @cached_property
     def _mean(self) -> Tensor:
         """Mean of the old rows, float64."""
-        total = torch.zeros(self.old_VD.shape[1], dtype=torch.float64, device=self.old_VD.device)
-        for block in self._old_blocks():
-            total += block.sum(0, dtype=torch.float64)
-        return total / self.plan.mix.num_old_rows
+        with by_one_thread():
+            sums = torch.stack([block.sum(0, dtype=torch.float64) for block in self._old_blocks()])
+            return sums.sum(0) / self.plan.mix.num_old_rows
 
     @cached_property
     def _norm(self) -> float:
@@ -362,14 +379,19 @@ class RowMaker:
     @cached_property
     def _spread(self) -> Tensor:
         """L with L @ L.T the covariance of the old rows (Hewitt 2021), float32."""
-        width = self.old_VD.shape[1]
-        product = torch.zeros(width, width, dtype=torch.float64, device=self.old_VD.device)
-        mean = self._mean.float()
-        for block in self._old_blocks():
-            product += (block - mean).T @ (block - mean)
-        product /= self.plan.mix.num_old_rows
+        width, mean = self.old_VD.shape[1], self._mean.float()
+
+        def columns(span: slice) -> Tensor:
+            total = torch.zeros(width, len(range(width)[span]), dtype=torch.float64, device=mean.device)
+            for block in self._old_blocks():
+                total += (block - mean).T @ (block - mean)[:, span]
+            return total
+
+        spans = (slice(first, first + _BLOCK_COLUMNS) for first in range(0, width, _BLOCK_COLUMNS))
+        product = torch.cat(list(in_blocks(columns, spans)), dim=1) / self.plan.mix.num_old_rows
         product.diagonal().add_(_JITTER * product.diagonal().mean() + 1e-30)
-        return torch.linalg.cholesky(product).float()
+        (factor,) = in_blocks(torch.linalg.cholesky, [product])
+        return factor.float()
 
 
 def _inside(rows: Tensor, start: int, stop: int) -> Tensor:

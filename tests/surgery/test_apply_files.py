@@ -20,7 +20,7 @@ from megatron_cpt.checkpoint import convert, open_hf, tables, verify
 from megatron_cpt.config.manifest import sha256_file
 from megatron_cpt.errors import CheckpointError, TokenizerError, VerificationError
 from megatron_cpt.surgery import SurgeryPlan, apply_surgery, plan_surgery, undo_surgery
-from megatron_cpt.tokenizer import Entry, VocabMap
+from megatron_cpt.tokenizer import Entry, VocabMap, load_tokenizer
 from tests.data.killed import in_child
 
 Make = Callable[..., Path]
@@ -152,6 +152,39 @@ def test_undo(
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+
+
+def test_a_tokenizer_is_named_by_its_file_too(
+    plan: SurgeryPlan, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    """A file of another name goes along alone, under the name that loaders look for."""
+    (tmp_path / "files").mkdir()
+    for folder, name in (
+        (old_tokenizer, "old.model"),
+        (new_tokenizer, "new.model"),
+        (old_tokenizer, "tokenizer.model"),
+    ):
+        shutil.copy(folder / "tokenizer.model", tmp_path / "files" / name)
+    apply_surgery(plan, make_model(plan.old_size), tmp_path / "made", tmp_path / "files" / "new.model")
+    assert load_tokenizer(tmp_path / "made").sha256 == plan.new_sha256
+    for number, file in enumerate((tmp_path / "files" / "old.model", old_tokenizer / "tokenizer.model")):
+        undo_surgery(plan, tmp_path / "made", tmp_path / str(number), file)
+        assert load_tokenizer(tmp_path / str(number)).sha256 == plan.old_sha256
+        assert (tmp_path / str(number) / "tokenizer_config.json").exists() == bool(number)
+
+
+def test_folders_inside_one_another(plan: SurgeryPlan, make_model: Make, new_tokenizer: Path, tmp_path: Path) -> None:
+    source = make_model(plan.old_size)
+    (tmp_path / "link").symlink_to(source)
+    for destination in (source / "made", tmp_path / "link" / "made"):
+        with pytest.raises(CheckpointError, match="one inside the other"):
+            apply_surgery(plan, source, destination, new_tokenizer)
+    with pytest.raises(CheckpointError, match="already holds files"):
+        apply_surgery(plan, source, tmp_path, new_tokenizer)
+    apply_surgery(plan, source, tmp_path / "made", new_tokenizer)
+    with pytest.raises(CheckpointError, match="one inside the other"):
+        undo_surgery(plan, tmp_path / "made", tmp_path / "made" / "back")
+    assert not (source / "made").exists() and not (tmp_path / "made" / "back").exists()
 
 
 def test_undo_refuses_what_it_cannot_prove(

@@ -187,6 +187,40 @@ def test_shards_are_slices(method: str, a_map: VocabMap, old_VD: torch.Tensor, m
         assert torch.equal(RowMaker(plan, old_VD.bfloat16()).rows(50, 50 + step), whole[50 : 50 + step])
 
 
+@pytest.mark.parametrize("kind", ["covariance", "clamped", "signed", "adjusted"])
+def test_threads_change_no_bit(kind: str) -> None:
+    """Few rows of a wide table: a product that two threads share is summed in another order."""
+    generator = torch.Generator().manual_seed(6)
+    old_VD = torch.randn(1200, 512, generator=generator)
+    rows = torch.arange(7)
+    plan = MatrixPlan(RowMix.from_rows([((), ())] * len(rows), len(old_VD)), rows, {}, match_norm=True)
+    if kind in ("clamped", "signed"):
+        vectors = torch.nn.functional.normalize(torch.rand(1207, 96, generator=generator), dim=1)
+        made = SimilarityMix(rows, torch.arange(1200), vectors[:7], vectors[7:], kind)  # type: ignore[arg-type]
+        plan = replace(plan, similarity=made)
+    else:
+        plan = replace(plan, fills=(Fill(rows, "covariance" if kind == "covariance" else "normal", 1.0, seed=1),))
+    if kind == "adjusted":
+        shapes = (512,), (7,), (512,), (512, 8), (8, 512)
+        plan = replace(plan, adjustment=Adjustment(0.1, *(torch.randn(s, generator=generator) for s in shapes)))
+    threads, bits = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            bits.append(RowMaker(plan, old_VD).rows(0, len(rows)))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(bits[0], other) for other in bits[1:]) and bits[0].isfinite().all()
+
+
+def test_a_row_that_is_like_no_other(old_VD: torch.Tensor) -> None:
+    unit = torch.eye(3)
+    mix, rows = RowMix.from_rows([((), ())] * 2, NUM_OLD), torch.arange(2)
+    plan = MatrixPlan(mix, rows, {}, (), SimilarityMix(rows, torch.arange(2), unit[1:], unit[:2], "clamped"))
+    with pytest.raises(InputError, match=r"rows \[1\] of the plan are like no old row"):
+        RowMaker(plan, old_VD).rows(0, 2)
+
+
 def test_saved_and_read(a_map: VocabMap, old_VD: torch.Tensor, tmp_path: Path) -> None:
     for number, method in enumerate((*ALL, {"method": "mean", "match_norm": True}, "adjusted")):
         if method == "adjusted":

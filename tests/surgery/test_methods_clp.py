@@ -92,6 +92,30 @@ def test_a_helper_that_says_nothing(make_model: Make, vocab_map: VocabMap) -> No
         assert "fallback" not in plan.row(lost + 1)["embedding"]
 
 
+def test_a_piece_that_is_like_no_shared_one(make_model: Make, vocab_map: VocabMap) -> None:
+    """Its weights sum to nothing, so it falls back too, and the others do not notice."""
+    folder = make_model(vocab_map.new_size)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"].abs()
+    across, against = vocab_map.new_size - 1, vocab_map.new_size - 2
+    table[:, 0] = 0
+    table[across] = torch.eye(table.shape[1])[0]
+    table[against] = -table[against]
+    safetensors.torch.save_file({**tensors, "model.embed_tokens.weight": table}, folder / "model.safetensors")
+    for form, lost in (("clamped", [against, across]), ("published", [across])):
+        method = parse_method({"method": "clp", "helper": str(folder), "form": form})
+        plan = plan_surgery(vocab_map, method, method)
+        assert plan.facts()["methods"]["head"]["fallback_rows"] == len(lost)
+        for id in (against, across):
+            described = plan.row(id)["embedding"]
+            assert ("fallback" in described) == (id in lost) != ("similarity" in described)
+        old_VD = torch.randn(vocab_map.old_size, 20, generator=torch.Generator().manual_seed(2))
+        rows = RowMaker(plan.embedding, old_VD).rows(0, vocab_map.new_size)
+        mean = old_VD[list(vocab_map.entries[across].old_pieces)].mean(0)
+        torch.testing.assert_close(rows[across], mean)
+        assert rows.isfinite().all()
+
+
 def test_helpers_that_do_not_fit(make_model: Make, helper: Path, vocab_map: VocabMap, old_tokenizer: Path) -> None:
     def plan(folder: Path, of: VocabMap = vocab_map) -> None:
         plan_surgery(of, parse_method({"method": "clp", "helper": str(folder)}))

@@ -83,7 +83,7 @@ def _finish_folder(folder: Path, old: HFTables, plan: SurgeryPlan, tokenizer: To
     else:
         ends = {name: config[name] for name in _IDS[:2] if config.get(name) is not None}
         write_json_atomic(folder / GENERATION, {"_from_model_config": True, **ends})
-    copy_tokenizer(tokenizer.path.parent, folder)
+    copy_tokenizer(tokenizer.path, folder)
     write_json_atomic(folder / CONFIG, {**config, "vocab_size": padded})
     return {"config": old.reader.config, "generation_config": generation}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_cpt.checkpoint.opening import open_tables
 from megatron_cpt.checkpoint.tables import NewTable, Progress, Rows, Table, VocabTables
 from megatron_cpt.checkpoint.tokenizer_files import recorded_tokenizer
-from megatron_cpt.config.folders import check_free, new_folder
+from megatron_cpt.config.folders import check_apart, check_free, new_folder
 from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError, TokenizerError
 from megatron_cpt.surgery.apply.finish import finish
@@ -69,6 +69,7 @@ def apply_surgery(
     """
     source, destination, tokenizer_folder = Path(source), Path(destination), Path(tokenizer_folder)
     check_free(destination, CheckpointError)
+    check_apart(source, destination, CheckpointError)
     old = open_tables(source, with_optimizer)
     tokenizer = _new_tokenizer(plan, tokenizer_folder)
     padding = _check_fits(plan, old)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.huggingface import Entry, write_shard
-from megatron_cpt.checkpoint.reader import WeightsDigest, raw_bytes
+from megatron_cpt.checkpoint.reader import WeightsDigest, bits, raw_bytes
 from megatron_cpt.checkpoint.tables import Table, VocabTables
 from megatron_cpt.config.manifest import sha256_bytes, sha256_file
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.surgery.matrix import MatrixPlan
+from megatron_cpt.surgery.plan import SurgeryPlan
 
 # In a folder of its own: some loaders take every *.safetensors beside config.json for weights.
 RECORD = "surgery"
@@ -39,6 +40,15 @@ def carried_rows(plan: MatrixPlan) -> tuple[Tensor, Tensor]:
     first.scatter_reduce_(0, old_rows, new_rows, "amin")
     found = (first < plan.mix.num_new_rows).nonzero().flatten()
     return first[found], found
+
+
+def check_made_by(plan: SurgeryPlan, surgery: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError where a manifest's `surgery` says that a folder was made by another plan."""
+    if surgery.get("plan_sha256") != plan.sha256:
+        raise CheckpointError(
+            f"{folder} was made by another plan (got {plan.sha256[:12]}, expected "
+            f"{str(surgery.get('plan_sha256'))[:12]}); give the one that `surgery apply` was given"
+        )
 
 
 def examine(source: VocabTables, plans: Mapping[str, MatrixPlan]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,7 +74,7 @@ def examine(source: VocabTables, plans: Mapping[str, MatrixPlan]) -> tuple[dict[
             _check_finite(source, table, old[: plan.mix.num_old_rows])
             missing = torch.ones(len(old), dtype=torch.bool)
             missing[carried_rows(plan)[1]] = False
-            missing[plan.mix.num_old_rows :] = (_bits(old[plan.mix.num_old_rows :]) != 0).any(1)
+            missing[plan.mix.num_old_rows :] = (bits(old[plan.mix.num_old_rows :]) != 0).any(1)
             lost[table.name] = missing.nonzero().flatten()
             tables[table.name] = {"rows": len(old), "sha256": sha256.result()}
     return lost, tables
@@ -143,9 +153,3 @@ def read_lost(folder: Path, name: str, sha256: str | None) -> tuple[Tensor, Tens
         raise CheckpointError(
             f"{path} does not hold the rows of {name} ({caught}); bring the right file back"
         ) from None
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(
-        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    )

@@ -15,11 +15,11 @@ from megatron_cpt.checkpoint.opening import open_tables
 from megatron_cpt.checkpoint.reader import raw_bytes
 from megatron_cpt.checkpoint.tables import NewTable, Progress, Rows
 from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, tokenizer_sha256
-from megatron_cpt.config.folders import check_free, new_folder
+from megatron_cpt.config.folders import check_apart, check_free, new_folder
 from megatron_cpt.config.manifest import MANIFEST, read_manifest, write_json_atomic
 from megatron_cpt.errors import CheckpointError, TokenizerError, VerificationError
 from megatron_cpt.surgery.apply.finish import GENERATION, carry_documents
-from megatron_cpt.surgery.apply.record import Restorer, read_lost
+from megatron_cpt.surgery.apply.record import Restorer, check_made_by, read_lost
 from megatron_cpt.surgery.matrix import MatrixPlan
 from megatron_cpt.surgery.plan import SurgeryPlan
 
@@ -28,7 +28,7 @@ def undo_surgery(
     plan: SurgeryPlan,
     source: str | Path,
     destination: str | Path,
-    tokenizer_folder: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint as it was before `apply_surgery`, bit for bit.
@@ -40,7 +40,7 @@ def undo_surgery(
         plan: the plan that was applied.
         source: what `apply_surgery` wrote.
         destination: a new or empty folder; it appears when it is complete.
-        tokenizer_folder: the old tokenizer, to go along to a Hugging Face folder; None: none goes along.
+        tokenizer: folder or file of the old tokenizer, to go along to a Hugging Face folder; None: none goes along.
         on_progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -50,10 +50,11 @@ def undo_surgery(
     """
     source, destination = Path(source), Path(destination)
     check_free(destination, CheckpointError)
+    check_apart(source, destination, CheckpointError)
     record = _record(plan, source)
-    if tokenizer_folder is not None and tokenizer_sha256(Path(tokenizer_folder)) != plan.old_sha256:
+    if tokenizer is not None and tokenizer_sha256(Path(tokenizer)) != plan.old_sha256:
         raise TokenizerError(
-            f"{tokenizer_folder} is not the tokenizer that the plan starts from ({plan.old_sha256[:12]}): give that "
+            f"{tokenizer} is not the tokenizer that the plan starts from ({plan.old_sha256[:12]}): give that "
             "one, or none"
         )
     new = open_tables(source)
@@ -75,7 +76,7 @@ def undo_surgery(
                     "take the old checkpoint itself"
                 )
         if isinstance(new, HFTables):
-            _finish_folder(folder, new, record, None if tokenizer_folder is None else Path(tokenizer_folder))
+            _finish_folder(folder, new, record, None if tokenizer is None else Path(tokenizer))
         if record["manifest"] is not None:
             write_json_atomic(folder / MANIFEST, record["manifest"])
         elif isinstance(new, HFTables):
@@ -112,8 +113,7 @@ def _record(plan: SurgeryPlan, source: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{source} holds no record of a surgery, or was trained since; undo is for what `surgery apply` wrote"
         )
-    if surgery.get("plan_sha256") != plan.sha256:
-        raise CheckpointError(f"{source} was made by another plan; give the one that `surgery apply` was given")
+    check_made_by(plan, surgery, source)
     record: dict[str, Any] = surgery["undo"]
     return record
 

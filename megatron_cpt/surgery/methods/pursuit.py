@@ -13,8 +13,9 @@ from megatron_cpt.config.surgery import OmpMethod
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.surgery.matrix import MatrixPlan
 from megatron_cpt.surgery.methods.rows import Task, numbers
-from megatron_cpt.surgery.methods.similarity import in_blocks, unit
+from megatron_cpt.surgery.methods.similarity import unit
 from megatron_cpt.surgery.row_mix import Row
+from megatron_cpt.surgery.threads import in_blocks
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
 _BLOCK_ELEMENTS = 1 << 23  # numbers that a thread holds of each kind: correlations, bases, atoms in float64

@@ -1,26 +1,21 @@
 """From vectors to weights: the shared pieces that a new piece is like, and how much of each.
 
 Similarities are made for a block of new pieces, used and dropped, so that no matrix of all of them is held.
-Each product is computed by one thread, several at a time: the number of threads never changes a bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.surgery.row_mix import Row
+from megatron_cpt.surgery.threads import in_blocks
 
 _BLOCK_ELEMENTS = 1 << 24  # similarities that a thread holds
-_MAX_THREADS = 8
 _FIRST_SUPPORT = 64
-Part = TypeVar("Part")
-Made = TypeVar("Made")
 
 
 def unit(vectors_NE: Tensor) -> Tensor:
@@ -93,20 +88,3 @@ def sparsemax_weights(new_NE: Tensor, old_OE: Tensor) -> Iterator[Row]:
 def row_blocks(vectors_NE: Tensor, num_columns: int) -> Sequence[Tensor]:
     """Rows in blocks whose product with `num_columns` others a thread may hold."""
     return vectors_NE.split(max(1, _BLOCK_ELEMENTS // max(1, num_columns)))
-
-
-def in_blocks(make: Callable[[Part], Made], parts: Iterable[Part]) -> Iterator[Made]:
-    """`make` of each part, in order; as many at a time as torch has threads, each computed by one.
-
-    A product's last bits may follow the number of threads that share it. So none is shared.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if threads == 1:
-            yield from map(make, parts)
-            return
-        with ThreadPoolExecutor(min(threads, _MAX_THREADS)) as pool:
-            yield from pool.map(make, parts)
-    finally:
-        torch.set_num_threads(threads)

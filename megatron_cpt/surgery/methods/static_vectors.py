@@ -11,8 +11,8 @@ from megatron_cpt.config.surgery import VectorsMethod
 from megatron_cpt.errors import InputError
 from megatron_cpt.surgery.methods.inputs import Reading
 from megatron_cpt.surgery.methods.pairs import Array, PairCounts
-from megatron_cpt.surgery.methods.similarity import in_blocks
 from megatron_cpt.surgery.random_rows import normal_rows
+from megatron_cpt.surgery.threads import in_blocks
 from megatron_cpt.tokenizer import Tokenizer
 
 _SMOOTHING = 0.75  # of context frequencies: rare contexts would otherwise look telling

@@ -13,9 +13,10 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.surgery.matrix import MatrixPlan
 from megatron_cpt.surgery.methods.inputs import Inputs, Reading
 from megatron_cpt.surgery.methods.rows import Task, numbers
-from megatron_cpt.surgery.methods.similarity import in_blocks, topk_weights, unit
+from megatron_cpt.surgery.methods.similarity import topk_weights, unit
 from megatron_cpt.surgery.methods.static_vectors import static_vectors
 from megatron_cpt.surgery.row_mix import Row
+from megatron_cpt.surgery.threads import in_blocks
 from megatron_cpt.tokenizer import Tokenizer
 
 
