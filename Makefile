@@ -24,8 +24,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 demo: setup ## run the whole path on the built-in bilingual world
 	@test "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 2 || export MEGATRON_CPT_DEVICE=cpu; $(BIN)/megatron-cpt run quickstart
 
-test: setup ## run all tests
-	$(BIN)/python -m pytest
+test: setup ## run all tests, a process for each core, four at most
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 fuzz: setup ## look longer for texts on which the readers and the encoder are wrong
 	FUZZ=100 $(BIN)/python -m pytest tests/data/test_records.py tests/data/test_encoder_models.py

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = str(Path(__file__).resolve().parents[1])
 
 # These tests are of the CPU, on machines that have an accelerator too; and their matrices are tiny.
@@ -12,3 +14,10 @@ os.environ.setdefault("MEGATRON_CPT_DEVICE", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ranks that tests start run modules of the tests; the current folder is not on their path.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+
+_FIRST = ("tests/training/", "tests/pipeline/", "tests/examples/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests take minutes come first, so that none of them is left for one process at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))

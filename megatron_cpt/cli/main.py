@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ VERBS = {
     "report": "Write a run's report again from its files.",
     "doctor": "Show the device, the versions, and which implementation each op would use.",
 }
+_NARROW = 70  # columns below which a table of options would cut their names
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -93,6 +95,9 @@ def _run_verb(verb: str, words: list[str]) -> int:
     app = importlib.import_module(f"megatron_cpt.cli.{verb}").app
     command = typer.main.get_command(app)
     # Shell completion is of a whole program; here each verb is a program of its own to typer.
+    if shutil.get_terminal_size().columns < _NARROW:  # plain help wraps, where columns would be cut
+        for part in (command, *getattr(command, "commands", {}).values()):
+            part.rich_markup_mode = None
     command.params = [option for option in command.params if not (option.name or "").endswith("_completion")]
     try:
         # Without "standalone mode" typer raises instead of printing and ending the process.
@@ -106,7 +111,8 @@ def _run_verb(verb: str, words: list[str]) -> int:
         if type(caught).__name__ == "NoArgsIsHelpError":
             caught.show()  # type: ignore[attr-defined]
             return InputError.exit_code
-        raise InputError(f"{caught.format_message()} See `megatron-cpt {verb} --help`.") from None
+        asked = getattr(getattr(caught, "ctx", None), "command_path", f"megatron-cpt {verb}")
+        raise InputError(f"{caught.format_message()} See `{asked} --help`.") from None
     if result == INTERRUPTED:  # typer has caught it
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0

@@ -129,9 +129,13 @@ def write_manifest(path: str | os.PathLike[str], kind: str, inputs: Mapping[str,
 
 def read_manifest(path: str | os.PathLike[str], kind: str, error: type[InputError] = InputError) -> dict[str, Any]:
     """Read a manifest and check its kind; raises `error` where it is missing or of another kind."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise error(f"{folder} is no folder: expected {kind!r} there with its manifest; check the path")
     if not os.path.exists(path):
         raise error(
-            f"{path} is missing: the artefact beside it is unfinished or was not made by this tool; make it again"
+            f"{path} is missing: expected {kind!r} there, made by this tool; what is there is unfinished or something "
+            "else: make it again, or point to the right place"
         )
     manifest = read_json(path, error)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:

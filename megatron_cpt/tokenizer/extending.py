@@ -14,7 +14,7 @@ from megatron_cpt.tokenizer.byte_level import ByteLevelExtendReport, extend_byte
 from megatron_cpt.tokenizer.choosing import Choice, lost_pieces
 from megatron_cpt.tokenizer.hf_files import write_hf_files
 from megatron_cpt.tokenizer.loading import SENTENCEPIECE_FILE, load_tokenizer
-from megatron_cpt.tokenizer.model_file import ModelFile, Piece, PieceType
+from megatron_cpt.tokenizer.model_file import SPACE, ModelFile, Piece, PieceType
 from megatron_cpt.tokenizer.piece_list import offered_pieces
 from megatron_cpt.tokenizer.presegment import load_presegmenter
 from megatron_cpt.tokenizer.scripts import script_rule
@@ -33,6 +33,8 @@ class ExtendReport:
         old_size: ids of the base.
         new_size: ids of the extended vocabulary.
         num_new: appended pieces, `new_size - old_size`.
+        num_ascii: those of ASCII alone, which only script "any" lets in: text of the base's languages that holds
+            what they join is cut anew.
         requested: pieces asked of the target-language model, or named in a list.
         offered: pieces it has; less than `requested` when the text has no more to offer.
         dropped: pieces not taken, by reason: "in_base", "script" (no character of the target script),
@@ -49,6 +51,7 @@ class ExtendReport:
     old_size: int
     new_size: int
     num_new: int
+    num_ascii: int
     requested: int
     offered: int
     dropped: dict[str, int]
@@ -124,6 +127,7 @@ def extend_tokenizer(
         old_size=len(model.pieces),
         new_size=len(model.pieces) + len(new),
         num_new=len(new),
+        num_ascii=sum(piece.text.replace(SPACE, "").isascii() for piece in new),
         requested=num_pieces if pieces is None else len(pieces),
         offered=len(offer.pieces),
         dropped=choice.counts(),

@@ -17,7 +17,8 @@ def read_piece_list(path: str | Path) -> list[str]:
         TokenizerError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line]
+        # Lines end at LF or CR LF alone: the other separators that Python knows may be in a piece.
+        return [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line]
     except OSError as caught:
         raise TokenizerError(f"cannot read {path}: {caught.strerror or caught}") from None
     except UnicodeDecodeError as caught:

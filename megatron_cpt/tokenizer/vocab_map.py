@@ -88,6 +88,10 @@ class VocabMap:
         """
         path = Path(path)
         path = path / VOCAB_MAP_FILE if path.is_dir() else path
+        if path.is_file() and path.suffix != ".json":
+            raise TokenizerError(
+                f"{path} is no vocabulary map: name the folder that `tokenizer extend` or `replace` has written"
+            )
         value = read_json(path, TokenizerError)
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise TokenizerError(f"{path} is not a vocabulary map of format {_FORMAT}: make the tokenizer again")

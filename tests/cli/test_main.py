@@ -53,6 +53,16 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "completion" not in shown
 
 
+def test_help_of_a_narrow_terminal_has_whole_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["surgery", "plan", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--old-tokenizer" in shown and "--embedding" in shown
+    assert max(map(len, shown.splitlines())) <= 50
+
+
 def test_help_without_a_verb_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "verbs:" in capsys.readouterr().out
@@ -66,6 +76,8 @@ def test_help_without_a_verb_is_wrong_input(capsys: pytest.CaptureFixture[str]) 
         (["zzz"], "error: unknown verb 'zzz': expected one of "),
         (["plan"], "error: Missing argument 'config'"),
         (["plan", "quickstart", "--jsn"], "error: No such option: --jsn"),
+        (["data", "clean"], "error: Missing argument 'files'. See `megatron-cpt data clean --help`.\n"),
+        (["data", "verify", "no/such/place"], "no/such is no folder: expected 'shards' there"),
         (["plan", "quikstart"], "did you mean the recipe 'quickstart'?"),
         (
             ["plan", "quickstart", "--set", "seed=x"],

@@ -104,6 +104,8 @@ def test_a_list_of_pieces(base: Path, tmp_path: Path, japanese: list[str]) -> No
     (tmp_path / "pieces.txt").write_text("\ufeff" + "\n".join(listed) + "\n\n", encoding="utf-8")
     read = read_piece_list(tmp_path / "pieces.txt")
     assert read == listed
+    (tmp_path / "crlf.txt").write_bytes("日\u2028\r\n\x0b本\r\n".encode())
+    assert read_piece_list(tmp_path / "crlf.txt") == ["日\u2028", "\x0b本"]
     report = extend_tokenizer(base, (), 1, "ja", 1, tmp_path / "new", pieces=read)
     assert report.offered == report.requested == 12 and report.lines == 0
     assert report.examples == {"script": ["the"], "unreachable": ["▁静か", "川辺", "学校"]}

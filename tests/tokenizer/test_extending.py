@@ -112,13 +112,16 @@ def test_other_scripts(base: Path, tmp_path: Path, korean: list[str], japanese: 
     assert source_lines_changed(old, new, [*english, *japanese])["changed"] == 0
     assert source_lines_changed(old, new, korean)["changed"] == len(korean)
     german = ["der große Bär läuft über die Straße und grüßt schön"] * 50
-    for script in ("de", "any"):
-        extend_tokenizer(base, german, 60, script, 1, tmp_path / script)
+    reports = [extend_tokenizer(base, german, 60, script, 1, tmp_path / script) for script in ("de", "any")]
     german_only = load_tokenizer(tmp_path / "de")
     added = [german_only.piece(id) for id in range(old.vocab_size, german_only.vocab_size)]
     assert all(set(piece) & set("äöüß") for piece in added)
     assert source_lines_changed(old, german_only, english)["changed"] == 0
-    assert load_tokenizer(tmp_path / "any").vocab_size > german_only.vocab_size
+    both = load_tokenizer(tmp_path / "any")
+    pieces = [both.piece(id) for id in range(old.vocab_size, both.vocab_size)]
+    num_ascii = sum(piece.lstrip("▁").isascii() for piece in pieces)
+    assert 0 < num_ascii < len(pieces)
+    assert [report.num_ascii for report in reports] == [0, num_ascii]  # type: ignore[union-attr]
 
 
 def test_same_bytes(base: Path, extended: Path, tmp_path: Path, japanese: list[str]) -> None:

@@ -158,5 +158,8 @@ def test_damaged_files(tmp_path: Path, extended: Path) -> None:
     path.write_text((extended / "vocab_map.json").read_text()[:-100])
     with pytest.raises(TokenizerError, match="cut short"):
         VocabMap.load(path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xce")
+    with pytest.raises(TokenizerError, match=r"is no vocabulary map: name the folder that `tokenizer extend`"):
+        VocabMap.load(tmp_path / "tokenizer.model")
     with pytest.raises(TokenizerError, match="cannot read"):
         VocabMap.load(tmp_path / "missing.json")

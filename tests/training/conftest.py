@@ -28,6 +28,7 @@ SHAPE = LlamaShape(
     max_position_embeddings=64,
 )
 STEPS = 10
+GLOBAL_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Tiny:
             "initial_checkpoint": str(self.initial),
             "train_steps": STEPS,
             "precision": "fp32",
-            "batch": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 16},
+            "batch": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": GLOBAL_BATCH},
             "optimizer": {"learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 2},
             "data": {
                 "train": [

@@ -18,8 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
-
 from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.errors import CptError
 from megatron_cpt.runtime.device import current_device
@@ -76,7 +74,10 @@ def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) 
 def main(num_processes: int, paths: list[str]) -> None:
     die_with_launcher()
     install_engine(current_device().type)
-    import megatron_cpt.training.loop  # noqa: F401 - before the fork
+    # Before the fork; the first optimizer imports torch's compiler.
+    import torch._dynamo
+
+    import megatron_cpt.training.loop  # noqa: F401
 
     ports = [free_port() for _ in paths]
     if num_processes == 1:

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megatron_cpt.data import SamplePlan, batch
-from tests.training.conftest import STEPS, Tiny, make_tiny
+from tests.training.conftest import GLOBAL_BATCH, STEPS, Tiny, make_tiny
 
 LEARNING_RATE, MINIMUM, WARMUP = 3e-3, 3e-4, 2
-GLOBAL_BATCH, SEQ_LENGTH = 16, 32
+SEQ_LENGTH = 32
 
 
 def transformers_curve(tiny: Tiny) -> list[float]:

@@ -18,7 +18,7 @@ from megatron_cpt.data import SamplePlan, build_dataset
 from megatron_cpt.runtime.lock import lock_folder
 from megatron_cpt.training.folder import last_checkpoint
 from megatron_cpt.training.metrics import read_metrics
-from tests.training.conftest import SHAPE, Tiny, write_documents, write_tokenizer
+from tests.training.conftest import GLOBAL_BATCH, SHAPE, Tiny, write_documents, write_tokenizer
 
 Refused = Callable[..., str]
 
@@ -106,7 +106,7 @@ def test_what_does_not_exist(refused: Refused, tiny: Tiny) -> None:
         (3, {"tensor_model_parallel_size": 2}, "the nearest number of processes that works is 4"),
         (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, "needs overlap_p2p=true"),
         (1, {"sequence_parallel": True}, "sequence_parallel needs tensor_model_parallel_size > 1, got 1"),
-        (3, {}, "global_batch_size=16 is not micro_batch_size x data-parallel size = 2 x 3 = 6"),
+        (3, {}, "global_batch_size=8 is not micro_batch_size x data-parallel size = 2 x 3 = 6"),
     ],
 )
 def test_impossible_layout(nproc: int, changes: dict[str, Any], message: str, refused: Refused) -> None:
@@ -175,7 +175,7 @@ def test_token_outside_the_vocabulary_ends_the_job(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One rank of two meets it after the checkpoint of step 2; its reason is told, and the checkpoint stays."""
-    prefix = damage(tiny, tmp_path, sample=2 * 16 + 3)
+    prefix = damage(tiny, tmp_path, sample=2 * GLOBAL_BATCH + 3)
     saves = {"save_interval_steps": 2}
     config = tiny.config(tmp_path / "run", data={**source(prefix), "validation": []}, checkpoint=saves)
     (tmp_path / "config.yaml").write_text(config.model_dump_json())

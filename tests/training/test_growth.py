@@ -11,9 +11,9 @@ from megatron_cpt.config.manifest import read_json
 from megatron_cpt.errors import ConfigError, InputError
 from megatron_cpt.training.folder import RECORD, claim_run_folder, last_checkpoint, refuse_other_run, run_identity
 from megatron_cpt.training.inputs import read_inputs
-from tests.training.conftest import Tiny
+from tests.training.conftest import GLOBAL_BATCH, Tiny
 
-TOKENS_PER_STEP = 16 * 32
+TOKENS_PER_STEP = GLOBAL_BATCH * 32
 FLAT = {"learning_rate": 1e-3, "min_learning_rate": 1e-3, "warmup_steps": 0}  # does not know the number of steps
 
 
@@ -43,7 +43,7 @@ def test_a_grown_run_is_the_run_that_was_long_from_the_start(tiny: Tiny) -> None
     assert [record["loss"] for record in found["grown"]] == losses[:4]
     orders = [read_json(last_checkpoint(tiny.root / name) / "manifest.json")["inputs"] for name in ("grown", "long")]
     inputs = read_inputs(tiny.config(tiny.root / "long", **long), 1)
-    assert orders == [{"data_order": inputs.plan.order_hash(6 * 16)}] * 2
+    assert orders == [{"data_order": inputs.plan.order_hash(6 * GLOBAL_BATCH)}] * 2
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from megatron_cpt.checkpoint.convert import convert
 from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.config.schema import LlamaShape, RopeScaling
 from megatron_cpt.training.folder import last_checkpoint
-from tests.training.conftest import SHAPE, STEPS, Tiny
+from tests.training.conftest import GLOBAL_BATCH, SHAPE, STEPS, Tiny
 
 VOCAB_SIZE = 250
 # As Llama 3.2 has it, with heads that are wider together than the hidden size.
@@ -165,4 +165,4 @@ def test_two_sources_of_a_language_are_scored_together(
 def test_the_rate_of_steps_is_that_of_steps_alone(runs: dict[str, list[dict[str, Any]]]) -> None:
     """What surrounds them (validation, waiting for the first batch) lasts hours here and does not count."""
     rates = [record["tokens_per_second"] for record in runs["slow-start"] if "loss" in record]
-    assert len(rates) == 3 and min(rates) > 16 * 32 / 3600
+    assert len(rates) == 3 and min(rates) > GLOBAL_BATCH * 32 / 3600

@@ -54,6 +54,13 @@ def show_facts(value: dict[str, Any]) -> Any:
     table = Table(show_header=False, box=None)
     for name, fact in value.items():
         for part, number in fact.items() if isinstance(fact, dict) else [("", fact)]:
-            shown = f"{number:,}" if type(number) is int else str(number)
-            table.add_row(f"{name} {part}".strip(), Text(shown))
+            table.add_row(f"{name} {part}".strip(), Text(_shown(number)))
     return table
+
+
+def _shown(fact: Any) -> str:
+    if isinstance(fact, dict):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in fact.items())
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    return f"{fact:,}" if isinstance(fact, int) else str(fact)
