@@ -29,7 +29,7 @@ from megatron_cpt.checkpoint import LlamaForward, open_hf, read_checkpoint_manif
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.config.loading import load_config
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.data import calibration_tokens
+from megatron_cpt.data import CalibrationText
 from megatron_cpt.pipeline import run
 
 COLUMNS = ("target", "seed", "arm", "tokens", "step_0", "adapted", "step_0_source", "adapted_source", "base_source")
@@ -94,12 +94,12 @@ def train_rows(folder: Path, out: Path, rate: float, steps: int, tokens: int) ->
     )
     prefixes = [folder / "shards" / f"{name}.train" for name in ("en", language)]
     tokenizer = read_checkpoint_manifest(folder / "surgery" / "hf")["tokenizer_sha256"]
-    take, _ = calibration_tokens([prefixes[0]], [prefixes[1]], tokenizer, 128, 0.5, 1)
+    text = CalibrationText([prefixes[0]], [prefixes[1]], tokenizer, 128, 0.5, 1)
     optimizer = torch.optim.Adam(rows.values(), lr=rate, betas=(0.9, 0.95))
     losses = []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        batch = take(tokens)
+        batch = text.take(tokens)
         ids, labels = torch.from_numpy(batch.tokens_N), torch.from_numpy(batch.labels_N)
         layout = forward.layout(1, len(ids), torch.from_numpy(batch.cu_seqlens))
         embedding = torch.cat([tables[EMBEDDING][:old_size], rows[EMBEDDING]])

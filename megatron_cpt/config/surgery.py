@@ -205,10 +205,13 @@ MatrixMethod = Annotated[
 class CalibrationConfig(Section):
     """A handful of numbers for all new rows, found on a little text of both languages with the model frozen.
 
-    First the head's prior, from forward passes over `prior_tokens` (0: none), then `steps` of Adam.
+    First the prior: vectors of the pieces, of `dimension` numbers (0: none), from `counted_tokens` of the target's
+    dataset, and a forward pass over `prior_tokens` (0: no prior). Then `steps` of Adam.
     """
 
-    prior_tokens: NonNegative = 8192
+    prior_tokens: NonNegative = 16384
+    dimension: NonNegative = 64
+    counted_tokens: Positive = 20_000_000
     steps: NonNegative = 0
     step_tokens: Positive = 1024
     seq_length: Positive = 128

@@ -3,7 +3,7 @@
 from megatron_cpt.data.batches import Batch, batch, scored_bytes, validation_batch
 from megatron_cpt.data.build import DatasetBuild, build_files
 from megatron_cpt.data.build_memory import build_dataset
-from megatron_cpt.data.calibration import calibration_tokens, token_counts
+from megatron_cpt.data.calibration import CalibrationText, token_counts
 from megatron_cpt.data.describe import describe, describe_document, describe_sample, tokenizer_of
 from megatron_cpt.data.documents import Document, is_held_out, read_documents, split_held_out, work_of
 from megatron_cpt.data.indexed import IndexedDataset, manifest_path
@@ -17,10 +17,11 @@ from megatron_cpt.data.windows import IGNORED, Sample, Window, Windows, open_win
 from megatron_cpt.data.writing import check_no_dataset
 
 __all__ = [
-    "IGNORED",
     "Batch",
+    "CalibrationText",
     "DatasetBuild",
     "Document",
+    "IGNORED",
     "IndexedDataset",
     "Loader",
     "Place",
@@ -32,7 +33,6 @@ __all__ = [
     "batch",
     "build_dataset",
     "build_files",
-    "calibration_tokens",
     "check_no_dataset",
     "describe",
     "describe_document",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,8 @@ _BLOCK_TOKENS = 1 << 22
 _COUNTED_TOKENS = 1 << 28  # enough for the rarest piece's logarithm
 
 
-def calibration_tokens(
-    source: Sequence[str | Path],
-    target: Sequence[str | Path],
-    tokenizer_sha256: str,
-    seq_length: int,
-    source_share: float,
-    seed: int,
-) -> tuple[Callable[[int], Batch], npt.NDArray[np.int64]]:
-    """What `surgery.calibrate` reads: a function that gives the next tokens, and counts of the target's ids.
+class CalibrationText:
+    """What `surgery.calibrate` reads.
 
     Args:
         source: prefixes of the source language's datasets, read in equal shares.
@@ -34,26 +27,45 @@ def calibration_tokens(
         source_share: of the samples.
         seed: of their order.
 
-    Returns:
-        (take, counts): `take(n)` gives the next samples of at least n tokens; counts has an entry for each id.
-
     Raises:
         DataError: a dataset that cannot be read, or of another tokenizer.
     """
-    sides = [[IndexedDataset(prefix) for prefix in prefixes] for prefixes in (target, source)]
-    for dataset in (*sides[0], *sides[1]):
-        dataset.check_tokenizer(tokenizer_sha256)
-    shares = (1.0 - source_share, source_share)
-    weighted = [(ds, ds.language, share / len(side)) for side, share in zip(sides, shares, strict=True) for ds in side]
-    plan = SamplePlan(weighted, seq_length, seed)
-    given = 0
 
-    def take(count: int) -> Batch:
-        nonlocal given
-        first, given = given, given - (-count // seq_length)
-        return batch([plan.sample(number) for number in range(first, given)])
+    def __init__(
+        self,
+        source: Sequence[str | Path],
+        target: Sequence[str | Path],
+        tokenizer_sha256: str,
+        seq_length: int,
+        source_share: float,
+        seed: int,
+    ) -> None:
+        sides = [[IndexedDataset(prefix) for prefix in prefixes] for prefixes in (target, source)]
+        for dataset in (*sides[0], *sides[1]):
+            dataset.check_tokenizer(tokenizer_sha256)
+        shares = (1.0 - source_share, source_share)
+        weighted = [
+            (ds, ds.language, share / len(side)) for side, share in zip(sides, shares, strict=True) for ds in side
+        ]
+        self._plan = SamplePlan(weighted, seq_length, seed)
+        self._seq_length, self._given, self._target = seq_length, 0, sides[0]
 
-    return take, np.sum([token_counts(dataset) for dataset in sides[0]], axis=0)
+    def take(self, count: int) -> Batch:
+        """The next samples of both languages, of at least `count` tokens."""
+        first, self._given = self._given, self._given - (-count // self._seq_length)
+        return batch([self._plan.sample(number) for number in range(first, self._given)])
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How often each id occurs in the target's datasets."""
+        found: npt.NDArray[np.int64] = np.sum([token_counts(dataset) for dataset in self._target], axis=0)
+        return found
+
+    def target_ids(self, count: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The first tokens of the target's datasets, about `count` in all, in blocks."""
+        for dataset in self._target:
+            stop = min(dataset.num_tokens, -(-count // len(self._target)))
+            for start in range(0, stop, _BLOCK_TOKENS):
+                yield dataset.tokens(start, min(start + _BLOCK_TOKENS, stop))[0]
 
 
 def token_counts(dataset: IndexedDataset) -> npt.NDArray[np.int64]:

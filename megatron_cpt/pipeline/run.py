@@ -22,7 +22,7 @@ from megatron_cpt.config.schema import (
     ValidationSource,
 )
 from megatron_cpt.config.surgery import MODEL_FIELDS, CalibrationConfig, Method
-from megatron_cpt.data import DatasetBuild, build_dataset, build_files, calibration_tokens, read_documents
+from megatron_cpt.data import CalibrationText, DatasetBuild, build_dataset, build_files, read_documents
 from megatron_cpt.data.world import write_world
 from megatron_cpt.errors import ConfigError, VerificationError
 from megatron_cpt.evaluation import certify, check_certificate, logit_parity
@@ -225,11 +225,11 @@ class Run:
         source, target = (
             [str(self.paths.shards / f"{name}.train") for name in corpus.parts] for corpus in (self.source, self.target)
         )
-        take, counts = calibration_tokens(
+        text = CalibrationText(
             source, target, plan.new_sha256, settings.seq_length, settings.source_share, settings.seed
         )
         base, device = open_checkpoint(self.paths.base_model), current_device().torch_device()
-        return calibrate(plan, base, take, counts, settings, device=device)
+        return calibrate(plan, base, text, settings, device=device)
 
     def _texts(self, files: Sequence[str], side: str) -> Iterator[str]:
         """Texts that a method of surgery reads; the run's own where it names none."""

@@ -24,8 +24,8 @@ BLOCK_ROWS = 1024
 _BLOCK_COLUMNS = 512  # of a product that threads make side by side
 _ADJUSTMENT = {
     "offset": "offset_D",
-    "feature": "feature_N",
-    "direction": "direction_D",
+    "features": "features_NF",
+    "directions": "directions_FD",
     "down": "down_DR",
     "up": "up_RD",
 }
@@ -84,34 +84,35 @@ class SimilarityMix:
 class Adjustment:
     """A few numbers for all rows of new pieces together, which calibration finds.
 
-    row(v) <- (1 + scale) * row(v) + offset + feature(v) * direction + (row(v) @ down) @ up
+    row(v) <- (1 + scale) * row(v) + offset + features(v) @ directions + (row(v) @ down) @ up
 
-    All float32; R may be 0.
+    All float32; F and R may be 0.
 
     Attributes:
         scale: one number.
         offset_D: added to every new row.
-        feature_N: one number for each row of `MatrixPlan.new_rows`, such as the logarithm of its frequency.
-        direction_D: what the feature is a multiple of.
+        features_NF: F numbers for each row of `MatrixPlan.new_rows`: what text says of its piece, such as the logarithm
+            of its frequency.
+        directions_FD: what each feature is a multiple of.
         down_DR: first factor of a map of low rank R.
         up_RD: its second factor.
     """
 
     scale: float
     offset_D: Tensor
-    feature_N: Tensor
-    direction_D: Tensor
+    features_NF: Tensor
+    directions_FD: Tensor
     down_DR: Tensor
     up_RD: Tensor
 
     def apply(self, rows_BD: Tensor, places: Tensor) -> Tensor:
         """Adjust fp32 rows, which stand at `places` among the new rows."""
         device = rows_BD.device
-        offset, direction, down, up = (
-            part.to(device) for part in (self.offset_D, self.direction_D, self.down_DR, self.up_RD)
+        offset, directions, down, up = (
+            part.to(device) for part in (self.offset_D, self.directions_FD, self.down_DR, self.up_RD)
         )
-        feature = self.feature_N[places].to(device)[:, None]
-        return rows_BD * (1.0 + self.scale) + offset + feature * direction + (rows_BD @ down) @ up
+        features = self.features_NF[places].to(device)
+        return rows_BD * (1.0 + self.scale) + offset + features @ directions + (rows_BD @ down) @ up
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,8 +227,10 @@ class MatrixPlan:
         if self.adjustment is not None:
             last = self.adjustment
             width, rank = last.down_DR.shape
-            sound = sound and last.offset_D.shape == last.direction_D.shape == (width,)
-            sound = sound and last.up_RD.shape == (rank, width) and last.feature_N.shape == self.new_rows.shape
+            features = last.directions_FD.shape[0]
+            sound = sound and last.offset_D.shape == (width,) and last.directions_FD.shape == (features, width)
+            sound = sound and last.up_RD.shape == (rank, width)
+            sound = sound and last.features_NF.shape == (len(self.new_rows), features)
         if not sound:
             raise InputError("a plan's rows are out of range, made twice, or of shapes that do not fit; make it again")
 

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributions import MultivariateNormal
 from transformers import LlamaForCausalLM
 
 from megatron_cpt.checkpoint import LlamaForward, open_hf
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.surgery import CalibrationConfig, parse_calibration
-from megatron_cpt.data import Batch, Document, build_dataset, calibration_tokens
+from megatron_cpt.data import Batch, CalibrationText, Document, build_dataset
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.surgery import RowMaker, SurgeryPlan, apply_surgery, calibrate, plan_surgery
-from megatron_cpt.surgery.calibration import log_frequencies
-from megatron_cpt.surgery.calibration.prior import directions, nothing
+from megatron_cpt.surgery.calibration import log_frequencies, piece_vectors
+from megatron_cpt.surgery.calibration.prior import directions, nothing, vector_directions
 from megatron_cpt.surgery.calibration.steps import _gradient, _Matrix
 from megatron_cpt.surgery.planned import PlannedReader
 from megatron_cpt.tokenizer import VocabMap
@@ -45,8 +46,8 @@ def datasets(new_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return folder / "en", folder / "ja"
 
 
-def taken(datasets: tuple[Path, Path], plan: SurgeryPlan) -> tuple[object, np.ndarray]:
-    return calibration_tokens([datasets[0]], [datasets[1]], plan.new_sha256, SEQ, 0.5, 1)
+def text_of(datasets: tuple[Path, Path], plan: SurgeryPlan, source_share: float = 0.5) -> CalibrationText:
+    return CalibrationText([datasets[0]], [datasets[1]], plan.new_sha256, SEQ, source_share, 1)
 
 
 def nats(plan: SurgeryPlan, base: Path, tokens: Batch) -> float:
@@ -59,10 +60,11 @@ def test_the_prior_is_the_frequency_where_new_pieces_belong(
     plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]
 ) -> None:
     base = make_model(plan.old_size)
-    take, counts = taken(datasets, plan)
-    held_out = take(960)  # type: ignore[operator]
-    made, facts = calibrate(plan, open_hf(base), take, counts, CalibrationConfig(prior_tokens=2400, seq_length=SEQ))  # type: ignore[arg-type]
-    assert facts["tokens"] == 2400 and facts["prior"]["nats_after"] < facts["prior"]["nats_before"] - 0.5
+    text = text_of(datasets, plan)
+    held_out = text.take(960)
+    settings = CalibrationConfig(prior_tokens=2400, seq_length=SEQ, dimension=0)
+    made, facts = calibrate(plan, open_hf(base), text, settings)
+    assert facts["tokens"] == 2400 and facts["prior"]["nats_after"] < facts["prior"]["nats_before"] - 0.3
     assert nats(made, base, held_out) < nats(plan, base, held_out) - 0.5
     # Rows follow the formula; kept ones and the embedding stay.
     last = made.head.adjustment
@@ -71,10 +73,72 @@ def test_the_prior_is_the_frequency_where_new_pieces_belong(
     before, after = (RowMaker(each.head, old_VD).rows(0, plan.new_size) for each in (plan, made))
     new = plan.head.new_rows
     assert torch.equal(after[: plan.old_size], old_VD)
+    counts = text.counts()
     prior = torch.from_numpy(np.log((counts[new.numpy()] + 0.5) / counts.sum())).float()
-    truth = before[new] * facts["prior"]["keep"] + last.offset_D + prior[:, None] * last.direction_D
+    truth = before[new] * facts["prior"]["keep"] + last.offset_D + prior[:, None] * last.directions_FD[0]
     torch.testing.assert_close(after[new], truth, rtol=1e-4, atol=1e-5)
-    assert torch.equal(log_frequencies(plan.head, counts), last.feature_N)
+    assert torch.equal(log_frequencies(plan.head, counts), last.features_NF[:, 0])
+
+
+def test_vectors_are_told_to_both_matrices(
+    plan: SurgeryPlan, make_model: Make, new_tokenizer: Path, datasets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The rows are those of the formulas, and held-out text is predicted better than from frequencies alone."""
+    base = make_model(plan.old_size)
+    draw = np.random.default_rng(4)
+    rounds = [np.roll(JAPANESE, draw.integers(len(JAPANESE)))[:12] for _ in range(150)]  # each word has its next one
+    build_dataset([Document("".join(words), "ja", "test") for words in rounds], new_tokenizer, tmp_path / "ja", "ja")
+    datasets = datasets[0], tmp_path / "ja"
+    text = text_of(datasets, plan)
+    held_out = text.take(960)
+    settings = CalibrationConfig(prior_tokens=4800, seq_length=SEQ, dimension=8, counted_tokens=3000)
+    made, facts = calibrate(plan, open_hf(base), text, settings)
+    plain, _ = calibrate(plan, open_hf(base), text_of(datasets, plan), settings.model_copy(update={"dimension": 0}))
+    assert nats(made, base, held_out) < nats(plain, base, held_out) - 0.05
+    new, x_NE = plan.head.new_rows, piece_vectors(plan, text, settings)
+    known = x_NE.any(dim=1)
+    assert int(known.sum()) > 10 and x_NE.shape == (len(new), 8)
+    assert float(x_NE[known].mean(dim=0).abs().max()) < 1e-5 and float(x_NE[known].norm(dim=1).mean()) == pytest.approx(
+        1
+    )
+
+    tables = {name: open_hf(base).read(name) for name in (EMBEDDING, HEAD)}
+    before, after = (
+        {name: RowMaker(matrix, tables[name]).rows(0, plan.new_size) for name, matrix in both.items()}
+        for both in ({EMBEDDING: each.embedding, HEAD: each.head} for each in (plan, made))
+    )
+    assert all(torch.equal(after[name][: plan.old_size], table) for name, table in tables.items())
+    moved = (after[EMBEDDING] - before[EMBEDDING])[new].double()
+    assert not moved[~known].any()
+    length = tables[EMBEDDING].double().norm(dim=1).mean()
+    # A rotation keeps every inner product of vectors.
+    torch.testing.assert_close(
+        moved @ moved.T, (0.5 * length) ** 2 * (x_NE.double() @ x_NE.double().T), rtol=1e-4, atol=1e-5
+    )
+    last = made.head.adjustment
+    assert last is not None and torch.equal(last.features_NF[:, 1:], x_NE)
+    truth = before[HEAD][new].double() * facts["prior"]["keep"] + last.offset_D.double()
+    truth += last.features_NF.double() @ last.directions_FD.double()
+    torch.testing.assert_close(after[HEAD][new].double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_vector_directions_are_the_linear_gaussian_model() -> None:
+    """Differences of log likelihoods between pieces, by torch's own normal distribution, where h . t is 1."""
+    draw = torch.Generator().manual_seed(5)
+    hidden = torch.randn(900, 6, generator=draw) + 2.0
+    vectors = hidden[:, :3] @ torch.randn(3, 4, generator=draw) + 0.3 * torch.randn(900, 4, generator=draw)
+    h, x = hidden.double(), vectors.double()
+    target = torch.linalg.pinv(h[:5]).sum(dim=1)
+    found_ED = vector_directions(hidden, vectors, target)
+    centred = h - h.mean(dim=0)
+    ridge = 0.3 * centred.square().mean() * torch.eye(6, dtype=torch.float64)
+    slope = torch.linalg.inv(centred.T @ centred / 900 + ridge) @ (centred.T @ x / 900)
+    left = x - centred @ slope
+    spread = left.T @ left / 900 + 0.1 * left.square().mean() * torch.eye(4, dtype=torch.float64)
+    quadratic = 0.5 * (x[10] @ torch.linalg.solve(spread, x[10]) - x[20] @ torch.linalg.solve(spread, x[20]))
+    normal = MultivariateNormal(centred[:5] @ slope, spread)
+    expected = normal.log_prob(x[10]) - normal.log_prob(x[20]) + quadratic
+    torch.testing.assert_close(h[:5] @ found_ED.T @ (x[10] - x[20]), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_directions_tell_where_new_pieces_follow() -> None:
@@ -98,10 +162,14 @@ def test_gradients_against_transformers(
 ) -> None:
     """The streamed gradient of every number, by autograd through the whole model in float64."""
     base = make_model(plan.old_size, tied)
-    take, counts = taken(datasets, plan)
-    tokens = take(4 * SEQ)  # type: ignore[operator]
+    text = text_of(datasets, plan)
+    tokens = text.take(4 * SEQ)
     forward = LlamaForward(PlannedReader(open_hf(base), plan), cache=True)
-    start = replace(nothing(plan.head, 32), feature_N=log_frequencies(plan.head, counts))
+    start = replace(
+        nothing(plan.head, 32),
+        features_NF=log_frequencies(plan.head, text.counts())[:, None],
+        directions_FD=torch.zeros(1, 32),
+    )
     head = _Matrix(forward, plan.head, EMBEDDING if tied else HEAD, start, 2, 7, 10.0)
     embedding = head if tied else _Matrix(forward, plan.embedding, EMBEDDING, nothing(plan.embedding, 32), 0, 7, 10.0)
     loss = _gradient(forward, embedding, head, tokens)
@@ -144,13 +212,13 @@ def test_gradients_against_transformers(
 def test_steps_lower_the_loss(plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]) -> None:
     base = make_model(plan.old_size)
     settings = CalibrationConfig(prior_tokens=0, steps=15, step_tokens=240, seq_length=SEQ, rank=2, learning_rate=0.3)
-    take, counts = taken(datasets, plan)
-    held_out = take(960)  # type: ignore[operator]
-    made, facts = calibrate(plan, open_hf(base), take, counts, settings)  # type: ignore[arg-type]
+    text = text_of(datasets, plan)
+    held_out = text.take(960)
+    made, facts = calibrate(plan, open_hf(base), text, settings)
     assert made.embedding.adjustment is not None and made.head.adjustment is not None
     assert nats(made, base, held_out) < nats(plan, base, held_out) - 0.1
     assert facts["steps"]["nats_last"] < facts["steps"]["nats_first"]
-    again, _ = calibrate(made, open_hf(base), taken(datasets, plan)[0], counts, settings)  # type: ignore[arg-type]
+    again, _ = calibrate(made, open_hf(base), text_of(datasets, plan), settings)
     assert again.head.adjustment is not None  # begins from the methods' rows, not on top of the last calibration
     assert float((again.head.adjustment.offset_D - made.head.adjustment.offset_D).abs().max()) < 1.0
 
@@ -186,10 +254,10 @@ def test_the_command(
 
 def test_text_of_one_language_is_not_enough(plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]) -> None:
     base = make_model(plan.old_size)
-    take, counts = calibration_tokens([datasets[0]], [datasets[1]], plan.new_sha256, SEQ, 0.999, 1)
+    text = text_of(datasets, plan, 0.999)
     with pytest.raises(DataError, match="text of both languages"):
-        calibrate(plan, open_hf(base), take, counts, CalibrationConfig(prior_tokens=24, seq_length=SEQ))
+        calibrate(plan, open_hf(base), text, CalibrationConfig(prior_tokens=48, seq_length=SEQ))
     with pytest.raises(DataError):
-        calibration_tokens([datasets[0]], [datasets[1]], "0" * 64, SEQ, 0.5, 1)
+        CalibrationText([datasets[0]], [datasets[1]], "0" * 64, SEQ, 0.5, 1)
     with pytest.raises(ConfigError, match="source_share is 1"):
         parse_calibration({"source_share": 1})

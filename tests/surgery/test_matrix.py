@@ -157,7 +157,7 @@ def test_similarity(rule: str, old_VD: torch.Tensor) -> None:
 def adjusted(a_map: VocabMap, method: str) -> MatrixPlan:
     generator = torch.Generator().manual_seed(9)
     plan = plan_surgery(a_map, parse_method(method)).embedding
-    shapes = (WIDTH,), (len(plan.new_rows),), (WIDTH,), (WIDTH, 3), (3, WIDTH)
+    shapes = (WIDTH,), (len(plan.new_rows), 2), (2, WIDTH), (WIDTH, 3), (3, WIDTH)
     adjustment = Adjustment(0.25, *(torch.randn(shape, generator=generator) for shape in shapes))
     return replace(plan, adjustment=adjustment)
 
@@ -166,7 +166,7 @@ def test_adjustment(a_map: VocabMap, old_VD: torch.Tensor) -> None:
     new, plan = new_ids(a_map), adjusted(a_map, "mean")
     before, last = made("mean", a_map, old_VD).double()[new], plan.adjustment
     assert last is not None
-    truth = before * 1.25 + last.offset_D + last.feature_N[:, None].double() * last.direction_D
+    truth = before * 1.25 + last.offset_D + last.features_NF.double() @ last.directions_FD.double()
     truth += before @ last.down_DR.double() @ last.up_RD.double()
     rows = RowMaker(plan, old_VD).rows(0, a_map.new_size)
     torch.testing.assert_close(rows[new].double(), truth, rtol=1e-5, atol=1e-5)

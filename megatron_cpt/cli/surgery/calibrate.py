@@ -23,13 +23,14 @@ def calibrate(
 ) -> None:
     """Find the few numbers for all new rows together that a little text asks for, with the model frozen.
 
-    The default is one forward pass over 8,192 tokens; `--set steps=20` adds steps of gradient descent.
+    The default counts what stands around each piece and makes one forward pass over 16,384 tokens;
+    `--set steps=20` adds steps of gradient descent.
     """
     from megatron_cpt.checkpoint import open_checkpoint
     from megatron_cpt.config.folders import check_free
     from megatron_cpt.config.layers import Layers
     from megatron_cpt.config.surgery import parse_calibration
-    from megatron_cpt.data import calibration_tokens
+    from megatron_cpt.data import CalibrationText
     from megatron_cpt.errors import InputError
     from megatron_cpt.runtime.device import current_device
     from megatron_cpt.surgery import SurgeryPlan, calibrate
@@ -41,15 +42,12 @@ def calibrate(
     wanted = parse_calibration(layers.tree)
     check_free(output, InputError)
     loaded = SurgeryPlan.load(plan)
-    take, counts = calibration_tokens(
-        [source], [target], loaded.new_sha256, wanted.seq_length, wanted.source_share, wanted.seed
-    )
+    text = CalibrationText([source], [target], loaded.new_sha256, wanted.seq_length, wanted.source_share, wanted.seed)
     with progress(f"Calibrating {plan}") as advance:
         made, facts = calibrate(
             loaded,
             open_checkpoint(base),
-            take,
-            counts,
+            text,
             wanted,
             device=current_device().torch_device(),
             on_progress=advance,

@@ -1,13 +1,14 @@
 """Calibration: a handful of numbers for all rows of new pieces together, found while the model is frozen.
 
 Rows made from old pieces share errors that no method for single rows can know. A base that never predicted a
-byte, say, gives them all the same direction in the head, away from everything. Two parts mend that: the prior
-(`prior`), from forward passes alone, and steps of gradient descent (`steps`).
+byte, say, gives them all the same direction in the head, away from everything; and where it has never seen the
+script, they say nothing of what the pieces mean. Two parts mend that: the prior (`prior`), from counts of the text
+and a forward pass, and steps of gradient descent (`steps`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,16 +18,21 @@ import torch
 from torch import Tensor
 
 from megatron_cpt.checkpoint import LlamaForward
+from megatron_cpt.checkpoint.llama import EMBEDDING
 from megatron_cpt.checkpoint.reader import ModelReader
 from megatron_cpt.config.surgery import CalibrationConfig
 from megatron_cpt.errors import DataError
-from megatron_cpt.surgery.calibration.prior import fit_prior, nothing
+from megatron_cpt.surgery.calibration.prior import fit_prior, nothing, with_vectors
 from megatron_cpt.surgery.calibration.steps import Calibrated, learn
 from megatron_cpt.surgery.matrix import Adjustment, MatrixPlan
+from megatron_cpt.surgery.methods.static_vectors import vectors_of_ids
 from megatron_cpt.surgery.plan import SurgeryPlan
 from megatron_cpt.surgery.planned import PlannedReader
 
-__all__ = ["Tokens", "calibrate"]
+__all__ = ["Text", "Tokens", "calibrate"]
+
+_WINDOW, _MIN_COUNT = 2, 5  # pieces to either side that count; rarer pieces get no vector
+_BLOCK_ROWS = 4096
 
 
 class Tokens(Protocol):
@@ -45,11 +51,23 @@ class Tokens(Protocol):
         """Borders of documents, 0 and N included."""
 
 
+class Text(Protocol):
+    """What calibration reads (`data.CalibrationText`)."""
+
+    def take(self, count: int) -> Tokens:
+        """The next tokens of both languages, at least `count`."""
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How often each new id occurs in the target language's text."""
+
+    def target_ids(self, count: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The first `count` tokens of the target language's text, in parts."""
+
+
 def calibrate(
     plan: SurgeryPlan,
     base: ModelReader,
-    take: Callable[[int], Tokens],
-    counts_W: npt.NDArray[np.int64],
+    text: Text,
     settings: CalibrationConfig,
     *,
     device: torch.device | None = None,
@@ -63,8 +81,7 @@ def calibrate(
     Args:
         plan: as the methods made it; an adjustment that it has is replaced.
         base: the base model.
-        take: gives the next tokens of both languages, at least as many as it is asked for.
-        counts_W: how often each new id occurs in the target language's text.
+        text: of both languages, in the new tokenizer's ids.
         settings: how much text, and how many steps.
         device: where to compute; None: in host memory.
         on_progress: called with (tokens done, tokens in all).
@@ -84,7 +101,7 @@ def calibrate(
 
     def next_tokens(count: int) -> Tokens:
         nonlocal done
-        tokens = take(count)
+        tokens = text.take(count)
         done += len(tokens.tokens_N)
         if on_progress is not None:
             on_progress(min(done, total), total)
@@ -94,18 +111,44 @@ def calibrate(
     start = Calibrated(nothing(plan.embedding, width), nothing(plan.head, width))
     facts: dict[str, Any] = {}
     if settings.prior_tokens and not tied:
-        feature = log_frequencies(plan.head, counts_W)
+        features = log_frequencies(plan.head, text.counts())[:, None]
+        if settings.dimension:
+            vectors = piece_vectors(plan, text, settings)
+            length = _mean_length(base, plan.old_size)
+            start = replace(start, embedding=with_vectors(plan.embedding, vectors, length, width, settings.seed))
+            forward = LlamaForward(PlannedReader(base, _with(plan, start)), cache=True, device=device)
+            features = torch.cat([features, vectors], dim=1)
         tokens = next_tokens(settings.prior_tokens)
-        head, facts["prior"] = fit_prior(forward, plan.head, feature, *_hidden(forward, tokens))
+        head, facts["prior"] = fit_prior(forward, plan.head, features, *_hidden(forward, tokens))
         start = replace(start, head=head)
     if settings.steps:
         start, facts["steps"] = learn(forward, plan, start, next_tokens, settings)
-    made = replace(
-        plan,
-        embedding=_adjusted(plan.embedding, start.embedding),
-        head=_adjusted(plan.head, start.head),
-    )
-    return made, {"tokens": done, **facts}
+    return _with(plan, start), {"tokens": done, **facts}
+
+
+def piece_vectors(plan: SurgeryPlan, text: Text, settings: CalibrationConfig) -> Tensor:
+    """Vectors of the new pieces by what stands around them: mean 0 and mean length 1 over those that occur often.
+
+    Raises:
+        InputError: none does.
+    """
+    ids = text.target_ids(settings.counted_tokens)
+    vectors_WE = vectors_of_ids(ids, plan.new_size, settings.dimension, _WINDOW, _MIN_COUNT)
+    vectors_NE = vectors_WE[plan.head.new_rows]
+    known_N = vectors_NE.any(dim=1)
+    if bool(known_N.any()):
+        vectors_NE[known_N] -= vectors_NE[known_N].mean(dim=0)
+        vectors_NE /= vectors_NE[known_N].norm(dim=1).mean().clamp(min=1e-12)
+    return vectors_NE
+
+
+def _mean_length(base: ModelReader, rows: int) -> float:
+    """Mean length of the first rows of the embedding."""
+    total = 0.0
+    for start in range(0, rows, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, rows)
+        total += float(base.read_rows(EMBEDDING, start, stop).float().norm(dim=1).sum())
+    return total / rows
 
 
 def log_frequencies(plan: MatrixPlan, counts_W: npt.NDArray[np.int64]) -> Tensor:
@@ -122,7 +165,11 @@ def _hidden(forward: LlamaForward, tokens: Tokens) -> tuple[Tensor, Tensor]:
     return hidden_ND[scored_N.to(hidden_ND.device)].float(), labels_N[scored_N].to(hidden_ND.device)
 
 
+def _with(plan: SurgeryPlan, found: Calibrated) -> SurgeryPlan:
+    return replace(plan, embedding=_adjusted(plan.embedding, found.embedding), head=_adjusted(plan.head, found.head))
+
+
 def _adjusted(plan: MatrixPlan, adjustment: Adjustment) -> MatrixPlan:
-    parts = (adjustment.offset_D, adjustment.direction_D, adjustment.down_DR)
+    parts = (adjustment.offset_D, adjustment.directions_FD, adjustment.down_DR)
     changed = adjustment.scale != 0.0 or any(bool(part.any()) for part in parts)
     return replace(plan, adjustment=adjustment if changed else None)

@@ -97,7 +97,9 @@ class _Matrix:
         self.unit = float(self.base_RD.square().mean().sqrt()) or 1.0
         if self.name == HEAD:
             self.unit = 1.0 / self.hidden_size_1
-        self.feature_R = self.start.feature_N.to(device)
+        self.features_RF = self.start.features_NF.to(device)
+        # Of the features the first has a direction that is learnt: the frequency, where there is a prior.
+        self.feature_R = self.features_RF[:, 0] if self.features_RF.shape[1] else torch.zeros_like(self.base_RD[:, 0])
         spread = float(self.feature_R.square().mean().sqrt())
         self.direction_unit = self.unit / spread if spread else 0.0
         generator = torch.Generator().manual_seed(self.seed)
@@ -124,19 +126,23 @@ class _Matrix:
     def rows(self, places: Tensor | None = None) -> Tensor:
         """The adjusted new rows, or those at some places among them; a function of the parameters."""
         base_RD = self.base_RD if places is None else self.base_RD[places]
-        feature_R = self.feature_R if places is None else self.feature_R[places]
+        features_RF = self.features_RF if places is None else self.features_RF[places]
         offset_D = self.start.offset_D.to(base_RD.device) + self.unit * self.offset_D
-        direction_D = self.start.direction_D.to(base_RD.device) + self.direction_unit * self.direction_D
-        rows_RD = base_RD * (1.0 + self.scale) + offset_D + feature_R[:, None] * direction_D
+        rows_RD = base_RD * (1.0 + self.scale) + offset_D + features_RF @ self._directions()
         return rows_RD + (base_RD @ self.down_DR) @ self.up_RD if self.rank else rows_RD
+
+    def _directions(self) -> Tensor:
+        directions_FD = self.start.directions_FD.to(self.base_RD.device)
+        learnt_1D = self.direction_unit * self.direction_D[None]
+        return torch.cat([directions_FD[:1] + learnt_1D, directions_FD[1:]]) if len(directions_FD) else directions_FD
 
     def adjustment(self) -> Adjustment:
         """The numbers found."""
         return Adjustment(
             float(self.scale.detach()),
             self.start.offset_D + (self.unit * self.offset_D).detach().cpu(),
-            self.start.feature_N,
-            self.start.direction_D + (self.direction_unit * self.direction_D).detach().cpu(),
+            self.start.features_NF,
+            self._directions().detach().cpu(),
             self.down_DR.detach().cpu(),
             self.up_RD.detach().cpu(),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,17 +25,7 @@ _THREADS = 8
 
 
 def static_vectors(tokenizer: Tokenizer, reading: Reading, method: VectorsMethod) -> Tensor:
-    """Unit vectors of pieces, such that pieces with like surroundings are near each other.
-
-    PPMI(v, c) = max(0, log(n(v, c) * sum of f^0.75 / (f(v) * f(c)^0.75))), n counts c within `window` pieces of
-    v, nearer ones more (window, ..., 2, 1), f its sums; the vector is v's row of U * sqrt(S), with U S V' the
-    singular value decomposition of PPMI, cut to `dimension`. Skip-gram with negative sampling factorises the same
-    matrix, less log k.
-
-    Source: Levy and Goldberg 2014, "Neural word embedding as implicit matrix factorization"; smoothing and square
-    root: Levy, Goldberg and Dagan 2015; the decomposition by subspace iteration: Halko, Martinsson and Tropp 2011
-    (arXiv 0909.4061), algorithm 4.4.
-    Deviates: no rounds of stochastic training, so the result is the same every time.
+    """Unit vectors of the pieces that a tokenizer cuts texts into, as `vectors_of_ids` makes them.
 
     Args:
         tokenizer: what cuts the texts.
@@ -46,33 +38,66 @@ def static_vectors(tokenizer: Tokenizer, reading: Reading, method: VectorsMethod
     Raises:
         InputError: no piece occurs so often.
     """
-    occurrences, pairs = _count(tokenizer, reading, method.window)
+    ids = _ids_of_texts(tokenizer, reading, method.window)
+    try:
+        return vectors_of_ids(ids, tokenizer.vocab_size, method.dimension, method.window, method.min_count)
+    except InputError as caught:
+        raise InputError(f"{tokenizer.path}: {caught}") from None
+
+
+def vectors_of_ids(ids: Iterable[Array], vocab_size: int, dimension: int, window: int, min_count: int) -> Tensor:
+    """Unit vectors of ids, such that ids with like surroundings are near each other.
+
+    PPMI(v, c) = max(0, log(n(v, c) * sum of f^0.75 / (f(v) * f(c)^0.75))), n counts c within `window` pieces of
+    v, nearer ones more (window, ..., 2, 1), f its sums; the vector is v's row of U * sqrt(S), with U S V' the
+    singular value decomposition of PPMI, cut to `dimension`. Skip-gram with negative sampling factorises the same
+    matrix, less log k.
+
+    Source: Levy and Goldberg 2014, "Neural word embedding as implicit matrix factorization"; smoothing and square
+    root: Levy, Goldberg and Dagan 2015; the decomposition by subspace iteration: Halko, Martinsson and Tropp 2011
+    (arXiv 0909.4061), algorithm 4.4.
+    Deviates: no rounds of stochastic training, so the result is the same every time.
+
+    Args:
+        ids: text in parts; no pair spans two parts, nor a negative id.
+        vocab_size: ids are below it.
+        dimension: numbers of a vector.
+        window: ids to either side that count.
+        min_count: rarer ids get no vector.
+
+    Returns:
+        float32, a row for each id; zero for those that occur fewer than `min_count` times.
+
+    Raises:
+        InputError: no id occurs so often.
+    """
+    occurrences, pairs = _count(ids, vocab_size, window)
     first, second, count = pairs.found()
     del pairs
-    frequent = occurrences >= method.min_count
+    frequent = occurrences >= min_count
     kept = frequent[first] & frequent[second]
     known = np.flatnonzero(frequent)
     if not len(known) or not kept.any():
-        raise InputError(
-            f"no piece of {tokenizer.path} occurs {method.min_count} times beside another: give more text, or a "
-            "smaller min_count"
-        )
+        raise InputError(f"no piece occurs {min_count} times beside another: give more text, or a smaller min_count")
     place = (np.cumsum(frequent) - 1).astype(np.int32)
     first, second, count = place[first[kept]], place[second[kept]], count[kept]
-    left = _factor(*_matrices(first, second, count, len(known)), method.dimension)
-    vectors = torch.zeros(tokenizer.vocab_size, left.shape[1])
+    left = _factor(*_matrices(first, second, count, len(known)), dimension)
+    vectors = torch.zeros(vocab_size, left.shape[1])
     vectors[torch.from_numpy(known)] = left / left.norm(dim=1, keepdim=True).clamp(min=1e-30)
     return vectors
 
 
-def _count(tokenizer: Tokenizer, reading: Reading, window: int) -> tuple[Array, PairCounts]:
-    """How often each piece occurs; how often two stand together, the smaller id first, weighted by nearness."""
-    size = tokenizer.vocab_size
-    occurrences = np.zeros(size, np.int64)
-    pairs = PairCounts(size)
+def _ids_of_texts(tokenizer: Tokenizer, reading: Reading, window: int) -> Iterator[Array]:
     gap = [-1] * window  # between texts, so that no pair spans two
     for texts in reading:
-        flat = np.array([id for ids in tokenizer.encode_batch(texts, _THREADS) for id in (*ids, *gap)], np.int64)
+        yield np.array([id for ids in tokenizer.encode_batch(texts, _THREADS) for id in (*ids, *gap)], np.int64)
+
+
+def _count(parts: Iterable[Array], size: int, window: int) -> tuple[Array, PairCounts]:
+    """How often each id occurs; how often two stand together, the smaller id first, weighted by nearness."""
+    occurrences = np.zeros(size, np.int64)
+    pairs = PairCounts(size)
+    for flat in parts:
         occurrences += np.bincount(flat[flat >= 0], minlength=size)
         for distance in range(1, window + 1):
             near, far = flat[:-distance], flat[distance:]
