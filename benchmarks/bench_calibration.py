@@ -4,12 +4,14 @@ For each language and seed: a tiny base is trained on the source text; its vocab
 reads the same number of tokens. What calibration or a first stage reads is taken off the training.
 
     mean            mean of the old pieces, training alone
-    prior           the same rows with the head's prior (one forward pass)
+    prior           the same rows, calibrated by default: frequencies, vectors, one forward pass
+    frequencies     the prior without vectors
     prior_steps     prior, then 8 steps of a few numbers
     steps           20 steps of a few numbers, without the prior
     rows_first      20 steps of Adam on all new rows of both matrices, the model frozen (what the published
                     recipes do first), at the best of three learning rates
     rate_2, 4, 8    mean, and embedding and head at so many times the learning rate all along
+    prior_rate_2    prior and rate_2 together
 
     python benchmarks/bench_calibration.py --source english.jsonl.gz --target ja=japanese.jsonl.gz --output runs/bench
 """
@@ -32,11 +34,14 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data import CalibrationText
 from megatron_cpt.pipeline import run
 
+PRIOR = "surgery.calibration.prior_tokens"
+FACTOR = "train.optimizer.vocabulary_learning_rate_factor"
 COLUMNS = ("target", "seed", "arm", "tokens", "step_0", "adapted", "step_0_source", "adapted_source", "base_source")
 ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # tokens read before training, settings
     "mean": (0, {}),
-    "prior": (8192, {"surgery.calibration.prior_tokens": 8192}),
-    "prior_steps": (18432, {"surgery.calibration.prior_tokens": 8192, "surgery.calibration.steps": 8}),
+    "prior": (16384, {PRIOR: 16384}),
+    "frequencies": (16384, {PRIOR: 16384, "surgery.calibration.dimension": 0}),
+    "prior_steps": (26624, {PRIOR: 16384, "surgery.calibration.steps": 8}),
     "steps": (
         22528,
         {
@@ -45,7 +50,8 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # tokens read before training, 
         },
     ),
     "rows_first": (20480, {}),
-    **{f"rate_{factor}": (0, {"train.optimizer.vocabulary_learning_rate_factor": factor}) for factor in (2, 4, 8)},
+    **{f"rate_{factor}": (0, {FACTOR: factor}) for factor in (2, 4, 8)},
+    "prior_rate_2": (16384, {PRIOR: 16384, FACTOR: 2}),
 }
 
 
