@@ -91,8 +91,7 @@ class Adjustment:
     Attributes:
         scale: one number.
         offset_D: added to every new row.
-        features_NF: F numbers for each row of `MatrixPlan.new_rows`: what text says of its piece, such as the logarithm
-            of its frequency.
+        features_NF: F numbers for each row of `MatrixPlan.new_rows`: what text says of its piece.
         directions_FD: what each feature is a multiple of.
         down_DR: first factor of a map of low rank R.
         up_RD: its second factor.
@@ -111,8 +110,8 @@ class Adjustment:
         offset, directions, down, up = (
             part.to(device) for part in (self.offset_D, self.directions_FD, self.down_DR, self.up_RD)
         )
-        features = self.features_NF[places].to(device)
-        return rows_BD * (1.0 + self.scale) + offset + features @ directions + (rows_BD @ down) @ up
+        told = self.features_NF[places].to(device) @ directions
+        return rows_BD * (1.0 + self.scale) + offset + told + (rows_BD @ down) @ up
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,14 +194,12 @@ class MatrixPlan:
             fills.append(Fill(tensors[f"fill{len(fills)}.rows"], get_args(FillKind)[kind], std, seed, matrix))
         similarity = adjustment = None
         if "similarity.rows" in tensors:
-            rows, old_rows, new, old = (
-                tensors[f"similarity.{part}"] for part in ("rows", "old_rows", "new_vectors", "old_vectors")
-            )
-            rule = get_args(Rule)[int(tensors["similarity.rule"])]
-            similarity = SimilarityMix(rows, old_rows, new, old, rule)
+            names = ("rows", "old_rows", "new_vectors", "old_vectors")
+            rows, old_rows, new, old = (tensors[f"similarity.{name}"] for name in names)
+            similarity = SimilarityMix(rows, old_rows, new, old, get_args(Rule)[int(tensors["similarity.rule"])])
         if "adjustment.scale" in tensors:
-            parts = {name: tensors[f"adjustment.{part}"] for part, name in _ADJUSTMENT.items()}
-            adjustment = Adjustment(float(tensors["adjustment.scale"]), **parts)
+            numbers = {name: tensors[f"adjustment.{part}"] for part, name in _ADJUSTMENT.items()}
+            adjustment = Adjustment(float(tensors["adjustment.scale"]), **numbers)
         match_norm = bool(method.get("match_norm", False))
         fallback = tensors.get("fallback")
         plan = cls(mix, tensors["new_rows"], method, tuple(fills), similarity, match_norm, adjustment, fallback)
@@ -227,10 +224,10 @@ class MatrixPlan:
         if self.adjustment is not None:
             last = self.adjustment
             width, rank = last.down_DR.shape
-            features = last.directions_FD.shape[0]
+            features = len(last.directions_FD)
             sound = sound and last.offset_D.shape == (width,) and last.directions_FD.shape == (features, width)
-            sound = sound and last.up_RD.shape == (rank, width)
-            sound = sound and last.features_NF.shape == (len(self.new_rows), features)
+            sound = sound and last.up_RD.shape == (rank, width) and len(last.features_NF) == len(self.new_rows)
+            sound = sound and last.features_NF.shape[1] == features
         if not sound:
             raise InputError("a plan's rows are out of range, made twice, or of shapes that do not fit; make it again")
 

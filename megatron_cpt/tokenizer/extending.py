@@ -121,8 +121,7 @@ def extend_tokenizer(
     listed = None if pieces is None else Offer(offered_pieces(pieces), sha256_json(list(pieces)))
     offer = listed or train_offer(model, texts, num_pieces, character_coverage, presegment)
     choice = choose(model, offer.pieces, script, divisor, scores, texts if min_count else (), min_count)
-    new = choice.scored()
-    data = model.with_appended(new)
+    data = model.with_appended(new := choice.scored())
     report = ExtendReport(
         old_size=len(model.pieces),
         new_size=len(model.pieces) + len(new),

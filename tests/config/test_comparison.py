@@ -74,7 +74,7 @@ def test_an_arm_is_the_shared_run_with_its_changes(tmp_path: Path) -> None:
         (
             {"a": {"surgery": {"calibration": {"steps": 1000}}}},
             {},
-            "arms.a: calibration reads the tokens of 505 steps, all of train.train_steps = 240",
+            "arms.a: calibration reads the tokens of 509 steps, all of train.train_steps = 240",
         ),
     ],
 )

@@ -201,7 +201,7 @@ def test_threads_change_no_bit(kind: str) -> None:
     else:
         plan = replace(plan, fills=(Fill(rows, "covariance" if kind == "covariance" else "normal", 1.0, seed=1),))
     if kind == "adjusted":
-        shapes = (512,), (7,), (512,), (512, 8), (8, 512)
+        shapes = (512,), (7, 65), (65, 512), (512, 8), (8, 512)
         plan = replace(plan, adjustment=Adjustment(0.1, *(torch.randn(s, generator=generator) for s in shapes)))
     threads, bits = torch.get_num_threads(), []
     for count in (1, 2, 3):
