@@ -51,7 +51,7 @@ COSTS = ("wall_seconds", "cpu_seconds", "imports_seconds", "imports_cpu_seconds"
 COLUMNS = ("table", "arm", "seed", *COSTS, "imports_mib", "peak_mib", "load", "steps", *(
     f"{language}_{place}" for language in ("target", "source") for place in ("step_0", "end")
 ), "note")  # fmt: skip
-CALIBRATION_TOKENS = 8192
+CALIBRATION_TOKENS = 16384
 COST_ARMS = ("transformers resize", "tokensurgeon subword", "tokensurgeon mean", "ours mean")
 
 

@@ -160,4 +160,4 @@ def test_facts_for_people(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     words = ["extend", str(base), "--pieces", str(tmp_path / "pieces.txt"), "--divisor", "1"]
     assert main(["tokenizer", *words, "--output", str(tmp_path / "new")]) == 0
     facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
-    assert facts["num_new"].strip() == "3" and facts["fast_file"].strip() == "True"
+    assert facts["num_new"].strip() == "3" and facts["fast_file"].strip() == "yes"

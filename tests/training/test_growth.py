@@ -59,19 +59,27 @@ def run(tiny: Tiny, tmp_path: Path) -> Path:
 
 def test_what_was_read_may_not_change(tiny: Tiny, run: Path) -> None:
     second = stage("second", 6, a=1.0, b=1.0)
+    after_two, after_three = 2 * GLOBAL_BATCH, 3 * GLOBAL_BATCH
     cases = {
         "'first', which began at sample 0: it was a 0.75, b 0.25 and is now a 0.8": (
             stage("first", 2, a=4.0, b=1.0),
             second,
         ),
-        "'first', which began at sample 0: it had 32 samples and has 48": (stage("first", 3, a=3.0, b=1.0), second),
-        "'second', which began at sample 32: it was a 0.5, b 0.5 and is now a 1": (FIRST, stage("second", 6, a=1.0)),
+        f"'first', which began at sample 0: it had {after_two} samples and has {after_three}": (
+            stage("first", 3, a=3.0, b=1.0),
+            second,
+        ),
+        f"'second', which began at sample {after_two}: it was a 0.5, b 0.5 and is now a 1": (
+            FIRST,
+            stage("second", 6, a=1.0),
+        ),
     }
     for reason, stages in cases.items():
         config = tiny.config(run, **changes(tiny, 8, *stages, stage("last", 8, a=1.0)))
         with pytest.raises(ConfigError) as caught:
             refuse_other_run(run, run_identity(config, read_inputs(config, 1)))
-        assert "holds a run that has read 48 samples in 3 steps" in str(caught.value) and reason in str(caught.value)
+        assert f"holds a run that has read {after_three} samples in 3 steps" in str(caught.value)
+        assert reason in str(caught.value)
 
 
 def test_what_is_to_come_may_change(tiny: Tiny, run: Path) -> None:
@@ -97,7 +105,7 @@ def test_a_run_of_an_earlier_order_is_refused(tiny: Tiny, run: Path) -> None:
 
 def test_a_plan_that_is_too_short_or_exhausted_is_refused_before_anything_starts(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", **changes(tiny, 9, FIRST))
-    with pytest.raises(InputError, match=r"the stages hold 1,024 tokens .* asked for was sample 144"):
+    with pytest.raises(InputError, match=rf"the stages hold {2 * TOKENS_PER_STEP} tokens .* sample {9 * GLOBAL_BATCH}"):
         read_inputs(config, 1)
     endless = changes(tiny, 5000, a={"max_epochs": 2.0})
     with pytest.raises(InputError, match=r"source 'a' runs out at token [\d,]+: max_epochs=2 of its"):
