@@ -27,7 +27,7 @@ SHAPE = LlamaShape(
     head_dim=8,
     max_position_embeddings=64,
 )
-STEPS = 10
+STEPS = 8
 GLOBAL_BATCH = 8
 
 
@@ -41,7 +41,7 @@ class Tiny:
     initial: Path
 
     def config(self, output: Path | str, **changes: Any) -> TrainConfig:
-        """A job of ten fp32 steps; `changes` are whole sections or fields."""
+        """A job of a few fp32 steps; `changes` are whole sections or fields."""
         document: dict[str, Any] = {
             "output": str(output),
             "tokenizer": str(self.tokenizer),
