@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_cpt.checkpoint.convert import convert
 from megatron_cpt.checkpoint.torch_dist import open_torch_dist
@@ -188,15 +189,21 @@ def test_token_outside_the_vocabulary_ends_the_job(
 
 
 def test_a_loss_or_gradient_that_is_no_number_is_never_saved(tiny: Tiny) -> None:
-    """A huge learning rate spoils the second step: the loss itself, or the gradient alone."""
+    """A huge learning rate spoils the second step: the loss itself, or, with a huge head, the gradient alone."""
+    shutil.copytree(tiny.hf, tiny.root / "huge head")
+    weights = load_file(tiny.root / "huge head" / "model.safetensors")
+    weights["lm_head.weight"] *= 1e17  # the loss is finite, and so is a first gradient, 1e17 and not 1e20
+    save_file(weights, tiny.root / "huge head" / "model.safetensors", {"format": "pt"})
+    convert(tiny.root / "huge head", tiny.root / "huge", "torch_dist", tokenizer=tiny.tokenizer)
     rates = {"failing-loss": 1e12, "failing-gradient": 1e3, "failing-unsaved": 1e12}
-    jobs = {
+    jobs: dict[str, dict[str, Any]] = {
         name: {
             "optimizer": {"learning_rate": rate, "min_learning_rate": 1e-3},
             "checkpoint": {"save_interval_steps": None if name == "failing-unsaved" else 1},
         }
         for name, rate in rates.items()
     }
+    jobs["failing-gradient"]["initial_checkpoint"] = str(tiny.root / "huge")
     metrics = tiny.train_many(jobs, 1)
     unsaved = (tiny.root / "failing-unsaved.error").read_text()
     assert "loss of step 2 is nan; no update was made; there is no checkpoint yet: lower the learning rate" in unsaved
