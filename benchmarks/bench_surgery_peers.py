@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def write_inputs(run: Run) -> Path:
             (inputs / name).symlink_to(place.absolute())
         for name, corpus in (("source", run.source), ("target", run.target)):
             write_texts(corpus.train(), inputs / f"{name}.jsonl")
+        write_texts(chain(run.source.train(), run.target.train()), inputs / "both.jsonl")
     return inputs
 
 
@@ -189,7 +191,7 @@ def bits(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
         run = prepare(options, seed)
         inputs = write_inputs(run)
         for arm in options.arms or surgery_arms.ARMS:
-            folder = run.root / "arms" / arm.replace(" ", "_")
+            folder = run.root / "arms" / arm.replace(",", "").replace(" ", "_")
             folder.mkdir(parents=True, exist_ok=True)
             python, made = python_of(arm, pythons), folder / "made"
             took = once(folder / "cost.json", partial(measured, arm, python, inputs, made, options.timeout))
@@ -247,8 +249,8 @@ def write_real_size(inputs: Path, tokenizer: Path, text: Path) -> None:
 
 def python_of(arm: str, pythons: dict[str, str]) -> str:
     """The interpreter of an arm's tool."""
-    tool = {"tokensurgeon": "mergekit"}.get(arm.split()[0], arm.split()[0])
-    return pythons.get(tool, sys.executable)
+    tool = arm.split()[0].removesuffix(",")
+    return pythons.get({"tokensurgeon": "mergekit"}.get(tool, tool), sys.executable)
 
 
 def main() -> None:

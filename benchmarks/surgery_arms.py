@@ -5,8 +5,9 @@ It runs under the interpreter of the tool it tries, so nothing but the standard 
     PYTHON benchmarks/surgery_arms.py ARM INPUTS OUTPUT
 
 INPUTS holds `base`, `donor` (Hugging Face folders), `tokenizer` (the new one), `source.jsonl` and `target.jsonl`
-(training text), `shards` (datasets of the new tokenizer), `vectors.safetensors` (of the arm `vectors`). The last
-line of the output is JSON: seconds and CPU seconds of the imports and of the work, and the peak after each.
+(training text), `both.jsonl` (the two of them), `shards` (datasets of the new tokenizer), `vectors.safetensors` (of
+the arm `vectors`). The last line of the output is JSON: seconds and CPU seconds of the imports and of the work, and
+the peak after each.
 """
 
 from __future__ import annotations
@@ -46,28 +47,32 @@ def tokensurgeon(method: str) -> Callable[[Path, Path], Arm]:
     return arm
 
 
-def deepfocus(inputs: Path, output: Path) -> Arm:
+def deepfocus(text: str) -> Callable[[Path, Path], Arm]:
     """FOCUS by its authors, called for each matrix; the second call finds the first one's vectors."""
-    os.environ["XDG_CACHE_HOME"] = f"{output}.cache"  # nothing is left of earlier runs
-    import torch
-    from deepfocus import FOCUS
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    yield
-    model = AutoModelForCausalLM.from_pretrained(inputs / "base")
-    old, new = (AutoTokenizer.from_pretrained(inputs / name) for name in ("base", "tokenizer"))
-    torch.manual_seed(1)
-    made = [
-        FOCUS(
-            source_embeddings=table.weight.data,
-            source_tokenizer=old,
-            target_tokenizer=new,
-            target_training_data_path=str(inputs / "target.jsonl"),
-            processes=int(os.environ.get("OMP_NUM_THREADS", 1)),
-        )
-        for table in (model.get_input_embeddings(), model.get_output_embeddings())
-    ]
-    save_with(model, made, output)
+    def arm(inputs: Path, output: Path) -> Arm:
+        os.environ["XDG_CACHE_HOME"] = f"{output}.cache"  # nothing is left of earlier runs
+        import torch
+        from deepfocus import FOCUS
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        yield
+        model = AutoModelForCausalLM.from_pretrained(inputs / "base")
+        old, new = (AutoTokenizer.from_pretrained(inputs / name) for name in ("base", "tokenizer"))
+        torch.manual_seed(1)
+        made = [
+            FOCUS(
+                source_embeddings=table.weight.data,
+                source_tokenizer=old,
+                target_tokenizer=new,
+                target_training_data_path=str(inputs / f"{text}.jsonl"),
+                processes=int(os.environ.get("OMP_NUM_THREADS", 1)),
+            )
+            for table in (model.get_input_embeddings(), model.get_output_embeddings())
+        ]
+        save_with(model, made, output)
+
+    return arm
 
 
 def wechsel_formula(inputs: Path, output: Path) -> Arm:
@@ -144,20 +149,26 @@ def ours(method: str, *settings: str, calibrated: bool = False) -> Callable[[Pat
     return arm
 
 
+CORPORA = ("source_corpus={inputs}/source.jsonl", "target_corpus={inputs}/target.jsonl")
+OURS = {
+    "mean": ("mean",),
+    "focus": ("focus", *CORPORA),
+    "focus target": ("focus", CORPORA[1], "target_only=true"),
+    "wechsel": ("wechsel", *CORPORA),
+    "clp": ("clp", "helper={inputs}/donor"),
+    "omp": ("omp", "donor={inputs}/donor"),
+}
 ARMS: dict[str, Callable[[Path, Path], Arm]] = {
     "transformers resize": transformers_resize,
     "tokensurgeon subword": tokensurgeon("subword"),
     "tokensurgeon mean": tokensurgeon("mean"),
     "tokensurgeon omp": tokensurgeon("omp"),
-    "deepfocus": deepfocus,
+    "deepfocus": deepfocus("target"),
+    "deepfocus, both": deepfocus("both"),
     "vectors": vectors,
     "wechsel package": wechsel_formula,
-    "ours mean": ours("mean"),
-    "ours focus": ours("focus", "corpus={inputs}/target.jsonl"),
-    "ours wechsel": ours("wechsel", "source_corpus={inputs}/source.jsonl", "target_corpus={inputs}/target.jsonl"),
-    "ours clp": ours("clp", "helper={inputs}/donor"),
-    "ours omp": ours("omp", "donor={inputs}/donor"),
-    "ours mean + prior": ours("mean", calibrated=True),
+    **{f"ours {name}": ours(*words) for name, words in OURS.items()},
+    **{f"ours {name} + prior": ours(*words, calibrated=True) for name, words in OURS.items()},
 }
 
 

@@ -12,7 +12,7 @@ from megatron_cpt.config.layers import Layers
 from megatron_cpt.config.loading import Resolved, load_config, resolve
 from megatron_cpt.config.schema import Language, LearnConfig, LlamaShape, RunConfig
 from megatron_cpt.config.section import Positive, Section
-from megatron_cpt.config.surgery import SurgeryConfig
+from megatron_cpt.config.surgery import ArmSurgeryConfig, SurgeryConfig
 from megatron_cpt.errors import ConfigError
 
 TRAINED = "trained"  # as a method's helper or donor: the one that the comparison trains itself
@@ -28,7 +28,7 @@ class ArmConfig(Section):
 
     scratch: bool = False
     tokenizer: Literal["adapted", "base"] = "adapted"
-    surgery: SurgeryConfig | None = None  # None: the comparison's own
+    surgery: ArmSurgeryConfig | None = None  # None: the comparison's own
     train: dict[str, Any] = {}  # changes of the comparison's `train`
 
 

@@ -95,7 +95,7 @@ Files = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class TextMethod(Method):
-    """Of the texts that a method reads, the first `max_bytes` bytes are used.
+    """Of each corpus that a method reads, the first `max_bytes` bytes are used.
 
     A corpus is one file or a list of them (jsonl, txt, parquet). Inside a recipe it may be left out: then it is
     the recipe's own training text of that side.
@@ -108,12 +108,12 @@ class AlignedMethod(TextMethod):
     """The mean of the old pieces that a new piece overlaps in real text, weighted by how often it does."""
 
     method: Literal["aligned"]
-    corpus: Files = ()  # texts of the target language
+    target_corpus: Files = ()
 
     @property
     def files(self) -> tuple[str, ...]:
         """The corpus."""
-        return self.corpus
+        return self.target_corpus
 
 
 class VectorsMethod(TextMethod):
@@ -125,15 +125,21 @@ class VectorsMethod(TextMethod):
 
 
 class FocusMethod(VectorsMethod):
-    """FOCUS: old rows of shared pieces, by sparsemax of the similarity of static vectors."""
+    """FOCUS: old rows of shared pieces, by sparsemax of the similarity of static vectors.
+
+    The vectors are of the new tokenizer's pieces in texts of both languages. `target_only`: in the target's alone, as
+    published; then new pieces are like those few old ones that the target's text holds, and the source loses more.
+    """
 
     method: Literal["focus"]
-    corpus: Files = ()  # texts that the new tokenizer cuts: of the target language, or of both
+    source_corpus: Files = ()
+    target_corpus: Files = ()
+    target_only: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The corpus."""
-        return self.corpus
+        """The corpora."""
+        return self.target_corpus if self.target_only else (*self.source_corpus, *self.target_corpus)
 
 
 class WechselMethod(VectorsMethod):
@@ -233,6 +239,12 @@ class SurgeryConfig(Section):
 
     embedding: MatrixMethod = PiecesMethod()
     head: MatrixMethod = PiecesMethod()
+    calibration: CalibrationConfig | None = CalibrationConfig()  # null: the rows as the methods make them
+
+
+class ArmSurgeryConfig(SurgeryConfig):
+    """The surgery that an arm of a comparison states: its methods alone, unless it states a calibration."""
+
     calibration: CalibrationConfig | None = None
 
 

@@ -188,7 +188,7 @@ class Run:
             embedding, head = map(self._with_own_models, (surgery.embedding, surgery.head))
             plan = plan_surgery(vocab_map, embedding, head, inputs)
             facts: dict[str, Any] = {}
-            if surgery.calibration is not None:
+            if surgery.calibration is not None and len(plan.head.new_rows):
                 plan, facts["calibration"] = self._calibrated(plan, surgery.calibration)
             plan.save(paths.surgery / "plan", paths.tokenizer)
             facts |= apply_surgery(plan, paths.base_model, paths.operated_model, paths.tokenizer)
@@ -208,6 +208,8 @@ class Run:
 
         names = (surgery.embedding.method, surgery.head.method)
         title = "vocabulary surgery: {} for the embedding, {} for the head".format(*names)
+        if surgery.calibration is not None:
+            title += ", then calibration"
         settings = {**surgery.model_dump(), "seq_length": self.config.train.batch.seq_length}
         settings["read"] = self._hashes_of_surgery()
         needs = ("text", "base_tokenizer", "base", "tokenizer", "shards")

@@ -87,5 +87,5 @@ def test_refused_in_words(tmp_path: Path, arms: dict[str, Any], more: dict[str, 
 def test_lists_of_texts_for_a_method(tmp_path: Path) -> None:
     """A list in a file, as one name: both are texts of the method."""
     for given in ("a.txt", ["a.txt"]):
-        config = load(tmp_path, {"a": {"surgery": {"embedding": {"method": "focus", "corpus": given}}}})
+        config = load(tmp_path, {"a": {"surgery": {"embedding": {"method": "focus", "target_corpus": given}}}})
         assert config.surgery_of("a").embedding.files == ("a.txt",)

@@ -316,7 +316,7 @@ def test_malformed_line_is_refused_before_training(
     assert main(own_files_words(tmp_path / "none", {**own_files, "ja": tmp_path / "missing.jsonl"})) == 2
     assert "missing.jsonl does not exist" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-    corpus = f"surgery.head={{method: focus, corpus: {tmp_path / 'missing.txt'}}}"
+    corpus = f"surgery.head={{method: focus, target_corpus: {tmp_path / 'missing.txt'}}}"
     assert main(words(tmp_path / "out2", corpus)) == 2
     assert "missing.txt does not exist; surgery names it" in capsys.readouterr().err
 

@@ -80,15 +80,15 @@ def test_methods_that_read_text(
     words = ["--old-tokenizer", old_tokenizer, "--new-tokenizer", new_tokenizer, "--output", tmp_path / "plan"]
     sizes = ["--set", "min_count=3", "--set", "dimension=2", "--text-field", "body", "--dry-run"]
     for method, corpora in (
-        ("aligned", [f"corpus={two}"]),
-        ("focus", [f"corpus=[{one}, {two}]"]),
+        ("aligned", [f"target_corpus={two}"]),
+        ("focus", [f"target_corpus=[{one}, {two}]", "target_only=true"]),
+        ("focus", [f"source_corpus=[{one}]", f"target_corpus={two}"]),
         ("wechsel", [f"source_corpus={one}", f"target_corpus=[{two}]"]),
     ):
         given = [word for corpus in corpora for word in ("--set", corpus)]
         facts = run(capsys, "plan", *words, "--method", method, *given, *(sizes if method != "aligned" else sizes[4:]))
         made = facts["methods"]["head"]
         assert made["fallback_rows"] < facts["rows"]["new"]
-        read = made["target_corpus" if method == "wechsel" else "corpus"]
-        assert read["texts"] == (24 if method == "focus" else 12)
+        assert made["target_corpus"]["texts"] == (24 if "target_only=true" in corpora else 12)
         assert main(["surgery", "plan", *map(str, words), "--method", method]) == 2
-        assert "name it with --set corpus=FILE" in capsys.readouterr().err
+        assert "_corpus=FILE, or [FILE, FILE]" in capsys.readouterr().err

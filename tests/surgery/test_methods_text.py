@@ -145,10 +145,12 @@ def test_static_vectors(inputs: Callable[[], Inputs], dimension: int) -> None:
     assert np.abs(made @ made.T - truth @ truth.T).max() < (1e-4 if dimension == 400 else 2e-2)
 
 
-def test_focus(vocab_map: VocabMap, inputs: Callable[[], Inputs]) -> None:
-    settings = {"method": "focus", "dimension": 400, "window": 3, "min_count": 25}
+@pytest.mark.parametrize("target_only", [False, True])
+def test_focus(target_only: bool, vocab_map: VocabMap, inputs: Callable[[], Inputs]) -> None:
+    settings = {"method": "focus", "dimension": 400, "window": 3, "min_count": 25, "target_only": target_only}
     plan = planned(vocab_map, inputs(), **settings)
-    vectors = dense_vectors(inputs().new, BOTH, FocusMethod(**settings))
+    read = BOTH if target_only else [*ENGLISH_TEXT, *BOTH]
+    vectors = dense_vectors(inputs().new, read, FocusMethod(**settings))
     known = np.abs(vectors).sum(1) > 0
     shared = [(id, entry.old_id) for id, entry in enumerate(vocab_map.entries) if entry.origin == "kept" and known[id]]
     fell = [id for id in plan.head.new_rows.tolist() if not known[id]]
@@ -168,7 +170,8 @@ def test_focus(vocab_map: VocabMap, inputs: Callable[[], Inputs]) -> None:
         made = dict(zip(described["old_ids"], described["weights"], strict=True))
         assert {old: made.get(old) for old in truth} == pytest.approx(truth, abs=1e-3)
     assert plan.facts()["methods"]["head"]["fallback_rows"] == len(fell)
-    assert plan.facts()["methods"]["head"]["corpus"]["texts"] == len(BOTH)
+    facts = plan.facts()["methods"]["head"]
+    assert facts["target_corpus"]["texts"] == len(BOTH) and bool(facts["source_corpus"]) is not target_only
 
 
 def test_wechsel(vocab_map: VocabMap, inputs: Callable[[], Inputs], tmp_path: Path) -> None:
@@ -278,7 +281,7 @@ def test_aligned(
         seen += 1
         truth = {old: count / overlaps[id].total() for old, count in overlaps[id].items()}
         assert dict(zip(made["old_ids"], made["weights"], strict=True)) == pytest.approx(truth, abs=1e-6)
-    assert seen > 10 and plan.head.method["corpus"]["skipped"] == 0
+    assert seen > 10 and plan.head.method["target_corpus"]["skipped"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +314,7 @@ def test_texts_that_are_spelt_in_two_ways(inputs: Callable[[], Inputs], tmp_path
     new, old = load_tokenizer(tmp_path), inputs().old
     vocab_map = map_vocabularies(old, new)
     some = Inputs(old, new, lambda files, side: ["River", "the river", "THE"])
-    assert planned(vocab_map, some, method="aligned").head.method["corpus"]["skipped"] == 2
+    assert planned(vocab_map, some, method="aligned").head.method["target_corpus"]["skipped"] == 2
     with pytest.raises(InputError, match="spell none of 1 texts alike"):
         planned(vocab_map, Inputs(old, new, lambda files, side: ["River"]), method="aligned")
 
@@ -348,5 +351,5 @@ def test_only_so_much_is_read(inputs: Callable[[], Inputs], vocab_map: VocabMap)
 
     given = Inputs(inputs().old, inputs().new, endless)
     plan: MatrixPlan = planned(vocab_map, given, method="aligned", max_bytes=20_000).embedding
-    facts = plan.method["corpus"]
+    facts = plan.method["target_corpus"]
     assert 19_000 < facts["bytes"] <= 20_000 and facts["texts"] == taken - 1  # and once for both matrices

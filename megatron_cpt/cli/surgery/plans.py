@@ -32,7 +32,7 @@ def plan(
     """Write a plan: which old rows make each new row. The base model is not needed.
 
     `--set top_k=5` is for the methods of both matrices, `--set head.top_k=5` for one of them. Methods that read
-    text are given theirs with `--set corpus=FILE` or `--set corpus=[FILE, FILE]`.
+    text are given theirs with `--set target_corpus=FILE` and `--set source_corpus=[FILE, FILE]`.
     """
     from megatron_cpt.config.folders import check_free
     from megatron_cpt.errors import InputError, TokenizerError
@@ -144,8 +144,7 @@ def _texts(text_field: str) -> ReadTexts:
 
         if not files:
             raise ConfigError(
-                f"the method reads text of the {side} language: name it with --set corpus=FILE "
-                f"(wechsel: --set {side}_corpus=FILE)"
+                f"the method reads text of the {side} language: name it with --set {side}_corpus=FILE, or [FILE, FILE]"
             )
         return (document.text for document in read_documents(files, text_field))
 

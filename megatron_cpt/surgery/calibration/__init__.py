@@ -129,8 +129,7 @@ def calibrate(
 def piece_vectors(plan: SurgeryPlan, text: Text, settings: CalibrationConfig) -> Tensor:
     """Vectors of the new pieces by what stands around them: mean 0 and mean length 1 over those that occur often.
 
-    Raises:
-        InputError: none does.
+    In a text so short that no piece does, all are zero.
     """
     ids = text.target_ids(settings.counted_tokens)
     vectors_WE = vectors_of_ids(ids, plan.new_size, settings.dimension, _WINDOW, _MIN_COUNT)

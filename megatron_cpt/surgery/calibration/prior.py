@@ -93,7 +93,8 @@ def fit_prior(
     if not 0.0 < share < 1.0:
         raise DataError(
             f"of {len(is_new_N)} tokens of text {share:.0%} are new pieces: expected some and not all; give text of "
-            "both languages, tokenised with the new tokenizer"
+            "both languages, tokenised with the new tokenizer, or leave calibration out (in a recipe: "
+            "surgery.calibration=null)"
         )
     target_D, source_D = directions(hidden_ND, is_new_N)
     vectors_ED = vector_directions(

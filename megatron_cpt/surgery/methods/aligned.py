@@ -37,7 +37,7 @@ def aligned(task: Task, method: AlignedMethod) -> MatrixPlan:
 
 
 def _rows(task: Task, method: AlignedMethod) -> tuple[dict[int, Row], dict[str, object]]:
-    reading = Reading(task.inputs.read_texts(method.corpus, "target"), method.max_bytes)
+    reading = Reading(task.inputs.read_texts(method.target_corpus, "target"), method.max_bytes)
     old, new = _Spelling(task.inputs.old), _Spelling(task.inputs.new)
     wanted = np.zeros(task.vocab_map.new_size, np.bool_)
     wanted[task.new_rows] = True
@@ -57,7 +57,7 @@ def _rows(task: Task, method: AlignedMethod) -> tuple[dict[int, Row], dict[str, 
     ids, starts = groups(new_ids)
     for id, start, stop in zip(ids.tolist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         rows[id] = old_ids[start:stop], counts[start:stop] / counts[start:stop].sum()
-    return rows, {"corpus": reading.facts() | {"skipped": skipped}}
+    return rows, {"target_corpus": reading.facts() | {"skipped": skipped}}
 
 
 class _Spelling:

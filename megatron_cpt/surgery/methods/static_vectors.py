@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from torch.nn.functional import embedding_bag
 
 from megatron_cpt.config.surgery import VectorsMethod
 from megatron_cpt.errors import InputError
-from megatron_cpt.surgery.methods.inputs import Reading
 from megatron_cpt.surgery.methods.pairs import Array, PairCounts
 from megatron_cpt.surgery.random_rows import normal_rows
 from megatron_cpt.surgery.threads import in_blocks
@@ -24,12 +23,12 @@ _BLOCK_ROWS = 2048
 _THREADS = 8
 
 
-def static_vectors(tokenizer: Tokenizer, reading: Reading, method: VectorsMethod) -> Tensor:
+def static_vectors(tokenizer: Tokenizer, batches: Iterable[Sequence[str]], method: VectorsMethod) -> Tensor:
     """Unit vectors of the pieces that a tokenizer cuts texts into, as `vectors_of_ids` makes them.
 
     Args:
         tokenizer: what cuts the texts.
-        reading: the texts.
+        batches: the texts.
         method: dimension, window, and how often a piece must occur.
 
     Returns:
@@ -38,11 +37,14 @@ def static_vectors(tokenizer: Tokenizer, reading: Reading, method: VectorsMethod
     Raises:
         InputError: no piece occurs so often.
     """
-    ids = _ids_of_texts(tokenizer, reading, method.window)
-    try:
-        return vectors_of_ids(ids, tokenizer.vocab_size, method.dimension, method.window, method.min_count)
-    except InputError as caught:
-        raise InputError(f"{tokenizer.path}: {caught}") from None
+    ids = _ids_of_texts(tokenizer, batches, method.window)
+    vectors = vectors_of_ids(ids, tokenizer.vocab_size, method.dimension, method.window, method.min_count)
+    if not bool(vectors.any()):
+        raise InputError(
+            f"{tokenizer.path}: no piece occurs {method.min_count} times beside another: give more text, or a smaller "
+            "min_count"
+        )
+    return vectors
 
 
 def vectors_of_ids(ids: Iterable[Array], vocab_size: int, dimension: int, window: int, min_count: int) -> Tensor:
@@ -67,9 +69,6 @@ def vectors_of_ids(ids: Iterable[Array], vocab_size: int, dimension: int, window
 
     Returns:
         float32, a row for each id; zero for those that occur fewer than `min_count` times.
-
-    Raises:
-        InputError: no id occurs so often.
     """
     occurrences, pairs = _count(ids, vocab_size, window)
     first, second, count = pairs.found()
@@ -77,8 +76,8 @@ def vectors_of_ids(ids: Iterable[Array], vocab_size: int, dimension: int, window
     frequent = occurrences >= min_count
     kept = frequent[first] & frequent[second]
     known = np.flatnonzero(frequent)
-    if not len(known) or not kept.any():
-        raise InputError(f"no piece occurs {min_count} times beside another: give more text, or a smaller min_count")
+    if not kept.any():
+        return torch.zeros(vocab_size, dimension)
     place = (np.cumsum(frequent) - 1).astype(np.int32)
     first, second, count = place[first[kept]], place[second[kept]], count[kept]
     left = _factor(*_matrices(first, second, count, len(known)), dimension)
@@ -87,9 +86,9 @@ def vectors_of_ids(ids: Iterable[Array], vocab_size: int, dimension: int, window
     return vectors
 
 
-def _ids_of_texts(tokenizer: Tokenizer, reading: Reading, window: int) -> Iterator[Array]:
+def _ids_of_texts(tokenizer: Tokenizer, batches: Iterable[Sequence[str]], window: int) -> Iterator[Array]:
     gap = [-1] * window  # between texts, so that no pair spans two
-    for texts in reading:
+    for texts in batches:
         yield np.array([id for ids in tokenizer.encode_batch(texts, _THREADS) for id in (*ids, *gap)], np.int64)
 
 
