@@ -12,17 +12,19 @@ megatron-cpt tokenizer extend "$base" --corpus "$target" --num-pieces 2048 --scr
 megatron-cpt tokenizer verify "$out/tokenizer" --text "$source" --text "$target"
 megatron-cpt tokenizer report "$out/tokenizer" --base "$base" --text "en=$source" --text "ja=$target"
 
-# 2. Give the model rows for the new pieces.
-megatron-cpt surgery plan --old-tokenizer "$base" --new-tokenizer "$out/tokenizer" --method mean --output "$out/plan"
-megatron-cpt surgery apply "$out/plan" "$base" "$out/model"
-
-# 3. Write both languages as indexed datasets, a tenth of the works held out.
+# 2. Write both languages as indexed datasets, a tenth of the works held out.
 for pair in "en=$source" "ja=$target"; do
   language=${pair%%=*} text=${pair#*=}
   build=(megatron-cpt data build "$text" --tokenizer "$out/tokenizer" --language "$language" --held-out 0.1)
   "${build[@]}" --output "$out/$language"
   "${build[@]}" --output "$out/$language.held_out" --only-held-out
 done
+
+# 3. Give the model rows for the new pieces, tell them what text says of these, and prove that nothing else moved.
+megatron-cpt surgery plan --old-tokenizer "$base" --new-tokenizer "$out/tokenizer" --method mean --output "$out/mean"
+megatron-cpt surgery calibrate "$out/mean" "$base" --source "$out/en" --target "$out/ja" --output "$out/plan"
+megatron-cpt surgery apply "$out/plan" "$base" "$out/model"
+megatron-cpt surgery certify "$out/plan" "$base" "$out/model" --text "en=$source" --text "ja=$target" --source en
 
 # 4. Continue pre-training; the job is train_job.yaml with the paths filled in.
 megatron-cpt train "$(dirname "$0")/train_job.yaml" --nproc 2 \

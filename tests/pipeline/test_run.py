@@ -92,7 +92,7 @@ def test_surgery_reads_the_texts_that_are_trained_on(run: Path) -> None:
     methods = json.loads((run / "surgery" / "plan" / "plan.json").read_text())["methods"]
     texts = [json.loads(line)["text"] for line in (run / "text" / "ja.train.jsonl").read_text().splitlines()]
     assert methods["embedding"]["method"] == "aligned" and methods["head"]["method"] == "mean"
-    read = methods["embedding"]["corpus"]
+    read = methods["embedding"]["target_corpus"]
     assert (read["texts"], read["bytes"]) == (len(texts), sum(len(text.encode()) for text in texts))
 
 
