@@ -37,8 +37,9 @@ from megatron_cpt.pipeline import run
 PRIOR = "surgery.calibration.prior_tokens"
 FACTOR = "train.optimizer.vocabulary_learning_rate_factor"
 COLUMNS = ("target", "seed", "arm", "tokens", "step_0", "adapted", "step_0_source", "adapted_source", "base_source")
+PLAIN = {"surgery.calibration": "null"}
 ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # tokens read before training, settings
-    "mean": (0, {}),
+    "mean": (0, PLAIN),
     "prior": (16384, {PRIOR: 16384}),
     "frequencies": (16384, {PRIOR: 16384, "surgery.calibration.dimension": 0}),
     "prior_steps": (26624, {PRIOR: 16384, "surgery.calibration.steps": 8}),
@@ -49,8 +50,8 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {  # tokens read before training, 
             for key, value in (("prior_tokens", 0), ("steps", 20), ("learning_rate", 0.3))
         },
     ),
-    "rows_first": (20480, {}),
-    **{f"rate_{factor}": (0, {FACTOR: factor}) for factor in (2, 4, 8)},
+    "rows_first": (20480, PLAIN),
+    **{f"rate_{factor}": (0, {FACTOR: factor, **PLAIN}) for factor in (2, 4, 8)},
     "prior_rate_2": (16384, {PRIOR: 16384, FACTOR: 2}),
 }
 

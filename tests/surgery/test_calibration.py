@@ -122,6 +122,19 @@ def test_vectors_are_told_to_both_matrices(
     torch.testing.assert_close(after[HEAD][new].double(), truth, rtol=1e-4, atol=1e-5)
 
 
+def test_a_text_too_short_for_vectors_gives_frequencies(
+    plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]
+) -> None:
+    base = make_model(plan.old_size)
+    settings = CalibrationConfig(prior_tokens=2400, seq_length=SEQ, dimension=8, counted_tokens=4)
+    made, _ = calibrate(plan, open_hf(base), text_of(datasets, plan), settings)
+    plain, _ = calibrate(plan, open_hf(base), text_of(datasets, plan), settings.model_copy(update={"dimension": 0}))
+    assert made.embedding.adjustment is None
+    head_VD = open_hf(base).read(HEAD)
+    rows = [RowMaker(each.head, head_VD).rows(0, plan.new_size) for each in (made, plain)]
+    assert torch.equal(*rows)
+
+
 def test_vector_directions_are_the_linear_gaussian_model() -> None:
     """Differences of log likelihoods between pieces, by torch's own normal distribution, where h . t is 1."""
     draw = torch.Generator().manual_seed(5)

@@ -112,8 +112,8 @@ def calibrate(
     facts: dict[str, Any] = {}
     if settings.prior_tokens and not tied:
         features = log_frequencies(plan.head, text.counts())[:, None]
-        if settings.dimension:
-            vectors = piece_vectors(plan, text, settings)
+        vectors = piece_vectors(plan, text, settings)
+        if vectors.shape[1]:
             length = _mean_length(base, plan.old_size)
             start = replace(start, embedding=with_vectors(plan.embedding, vectors, length, width, settings.seed))
             forward = LlamaForward(PlannedReader(base, _with(plan, start)), cache=True, device=device)
@@ -129,16 +129,18 @@ def calibrate(
 def piece_vectors(plan: SurgeryPlan, text: Text, settings: CalibrationConfig) -> Tensor:
     """Vectors of the new pieces by what stands around them: mean 0 and mean length 1 over those that occur often.
 
-    In a text so short that no piece does, all are zero.
+    Of no numbers where none are wanted, or where the text is so short that no new piece has a vector.
     """
+    if not settings.dimension:
+        return torch.zeros(len(plan.head.new_rows), 0)
     ids = text.target_ids(settings.counted_tokens)
     vectors_WE = vectors_of_ids(ids, plan.new_size, settings.dimension, _WINDOW, _MIN_COUNT)
     vectors_NE = vectors_WE[plan.head.new_rows]
     known_N = vectors_NE.any(dim=1)
-    if bool(known_N.any()):
-        vectors_NE[known_N] -= vectors_NE[known_N].mean(dim=0)
-        vectors_NE /= vectors_NE[known_N].norm(dim=1).mean().clamp(min=1e-12)
-    return vectors_NE
+    if not bool(known_N.any()):
+        return vectors_NE[:, :0]
+    vectors_NE[known_N] -= vectors_NE[known_N].mean(dim=0)
+    return vectors_NE / vectors_NE[known_N].norm(dim=1).mean().clamp(min=1e-12)
 
 
 def _mean_length(base: ModelReader, rows: int) -> float:
