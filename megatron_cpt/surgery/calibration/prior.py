@@ -13,7 +13,7 @@ model of the vector that comes next, x ~ N((h - m) B, S), whose log likelihood i
     row(v) <- keep * row(v) + (centre + log p(v)) * t - margin * s + share * x(v) @ (S^-1 B' - (S^-1 B' m) t')
 
 So a new piece starts with its unigram probability among the new pieces, raised where pieces like it come next;
-keep, centre, margin and share are the four numbers that fit further text best, old pieces counted four times.
+keep, centre, margin and share are the four numbers that fit further text best, old pieces counted sixteen times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RIDGE = 0.1  # of the mean square of a hidden state's elements
 _FITTED_ELEMENTS = 1 << 22  # logits of new rows held while the three numbers are fitted
 _ROUNDS = 30
 _RIDGE_HIDDEN, _RIDGE_LEFT = 0.3, 0.1  # of the mean variance of hidden states, and of what they leave of the vectors
-_OLD_WEIGHT = 4.0  # in the fit of the numbers, of a position before an old piece: what the base can do comes first
+_OLD_WEIGHT = 16.0  # in the fit of the numbers, of a position before an old piece: what the base can do comes first
 _VECTOR_LENGTH = 0.5  # in the embedding, of the mean length of an old row
 
 
@@ -80,7 +80,7 @@ def fit_prior(
 
     Returns:
         The adjustment, and facts: the numbers, and what they were fitted by, the mean loss of the second half before
-        and after, in nats, old pieces counted four times.
+        and after, in nats, old pieces counted sixteen times.
 
     Raises:
         DataError: no label of the first half is a new piece, or all are.
