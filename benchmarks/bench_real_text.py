@@ -2,7 +2,8 @@
 
 For each seed: a tiny base is trained on the source text, then adapted to the target text with replay,
 once with the extended vocabulary and surgery, once without. Both arms share the base, the order rules,
-the number of steps and every setting; each scores the same held-out works in bits per byte.
+the number of steps and every setting; each scores the same held-out works in bits per byte. New rows are the mean of
+their pieces and no more: what calibration adds is the question of `bench_calibration.py`.
 
     python benchmarks/bench_real_text.py --source english.jsonl.gz --target japanese.jsonl.gz --output runs/bench
 """
@@ -30,6 +31,7 @@ def run_arm(arguments: argparse.Namespace, seed: int, arm: str, base: Path | Non
         f"data.source={arguments.source}",
         f"data.target={arguments.target}",
         f"tokenizer.method={'extend' if arm == 'extended' else 'none'}",
+        "surgery.calibration=null",
         *arguments.overrides,
     ]
     if base is not None:
