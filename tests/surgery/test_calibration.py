@@ -122,6 +122,27 @@ def test_vectors_are_told_to_both_matrices(
     torch.testing.assert_close(after[HEAD][new].double(), truth, rtol=1e-4, atol=1e-5)
 
 
+def test_the_table_of_a_tied_model_is_made_as_a_head(
+    plan: SurgeryPlan, make_model: Make, new_tokenizer: Path, datasets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The plan survives its file, and what apply writes with it predicts held-out text better."""
+    base = make_model(plan.old_size, tied=True)
+    text = text_of(datasets, plan)
+    held_out = text.take(960)
+    settings = CalibrationConfig(prior_tokens=4800, seq_length=SEQ, dimension=8)
+    made, facts = calibrate(plan, open_hf(base), text, settings)
+    assert facts["tokens"] == 4800
+    made.save(tmp_path / "plan")
+    apply_surgery(SurgeryPlan.load(tmp_path / "plan"), base, tmp_path / "operated", new_tokenizer)
+    table = open_hf(tmp_path / "operated").read(EMBEDDING)
+    old_VD, new, last = open_hf(base).read(EMBEDDING), plan.head.new_rows, made.head.adjustment
+    assert last is not None and torch.equal(table[: plan.old_size], old_VD)
+    truth = RowMaker(plan.head, old_VD).rows(0, plan.new_size)[new].double() * facts["prior"]["keep"]
+    truth += last.offset_D.double() + last.features_NF.double() @ last.directions_FD.double()
+    torch.testing.assert_close(table[new].double(), truth, rtol=1e-4, atol=1e-5)
+    assert nats(made, base, held_out) < nats(plan, base, held_out) - 0.3
+
+
 def test_a_text_too_short_for_vectors_gives_frequencies(
     plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]
 ) -> None:

@@ -9,6 +9,7 @@ and a forward pass, and steps of gradient descent (`steps`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -110,17 +111,17 @@ def calibrate(
     width, tied = base.llama.hidden_size, base.llama.tied_embeddings
     start = Calibrated(nothing(plan.embedding, width), nothing(plan.head, width))
     facts: dict[str, Any] = {}
-    if settings.prior_tokens and not tied:
-        features = log_frequencies(plan.head, text.counts())[:, None]
+    if settings.prior_tokens:
         vectors = piece_vectors(plan, text, settings)
-        if vectors.shape[1]:
+        if vectors.shape[1] and not tied:
             length = _mean_length(base, plan.old_size)
             start = replace(start, embedding=with_vectors(plan.embedding, vectors, length, width, settings.seed))
             forward = LlamaForward(PlannedReader(base, _with(plan, start)), cache=True, device=device)
-            features = torch.cat([features, vectors], dim=1)
+        features = torch.cat([log_frequencies(plan.head, text.counts())[:, None], vectors], dim=1)
         tokens = next_tokens(settings.prior_tokens)
         head, facts["prior"] = fit_prior(forward, plan.head, features, *_hidden(forward, tokens))
-        start = replace(start, head=head)
+        # A tied model's one table is made as its head asks.
+        start = Calibrated(deepcopy(head), head) if tied else replace(start, head=head)
     if settings.steps:
         start, facts["steps"] = learn(forward, plan, start, next_tokens, settings)
     return _with(plan, start), {"tokens": done, **facts}
