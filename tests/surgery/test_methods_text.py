@@ -152,6 +152,8 @@ def test_focus(target_only: bool, vocab_map: VocabMap, inputs: Callable[[], Inpu
     read = BOTH if target_only else [*ENGLISH_TEXT, *BOTH]
     vectors = dense_vectors(inputs().new, read, FocusMethod(**settings))
     known = np.abs(vectors).sum(1) > 0
+    vectors[known] -= vectors[known].mean(0)
+    vectors[known] /= np.linalg.norm(vectors[known], axis=1, keepdims=True)
     shared = [(id, entry.old_id) for id, entry in enumerate(vocab_map.entries) if entry.origin == "kept" and known[id]]
     fell = [id for id in plan.head.new_rows.tolist() if not known[id]]
     assert 3 < len(fell) < len(plan.head.new_rows) - 10

@@ -9,7 +9,7 @@ from megatron_cpt.surgery.matrix import MatrixPlan
 from megatron_cpt.surgery.methods.inputs import Reading
 from megatron_cpt.surgery.methods.rows import Task, numbers
 from megatron_cpt.surgery.methods.similarity import sparsemax_weights
-from megatron_cpt.surgery.methods.static_vectors import static_vectors
+from megatron_cpt.surgery.methods.static_vectors import centred, static_vectors
 from megatron_cpt.surgery.row_mix import Row
 
 
@@ -21,9 +21,9 @@ def focus(task: Task, method: FocusMethod) -> MatrixPlan:
     Source: Dobler and de Melo 2023 (arXiv 2305.14481), section 2.
     Deviates: text of the source language is read too, unless `target_only`, so that a new piece is told from all
     pieces of the source and not from the few that the target's text holds; x comes from a factorised co-occurrence
-    matrix, not from fastText (`static_vectors`); pieces without a vector are the mean of their old pieces, not drawn
-    from N(mean, variance); pieces are shared where their bytes are the same, not where they are alike but for case
-    and space; both matrices are written.
+    matrix, not from fastText (`static_vectors`), and is `centred`, or pieces of both languages would be alike;
+    pieces without a vector are the mean of their old pieces, not drawn from N(mean, variance); pieces are shared
+    where their bytes are the same, not where they are alike but for case and space; both matrices are written.
     """
 
     def make() -> tuple[dict[int, Row], dict[str, object]]:
@@ -32,7 +32,7 @@ def focus(task: Task, method: FocusMethod) -> MatrixPlan:
         if not method.target_only:
             source = Reading(task.inputs.read_texts(method.source_corpus, "source"), method.max_bytes)
             readings = {"source_corpus": source, **readings}
-        vectors = static_vectors(task.inputs.new, chain.from_iterable(readings.values()), method)
+        vectors = centred(static_vectors(task.inputs.new, chain.from_iterable(readings.values()), method))
         known = vectors.any(1)
         shared = [(new, old) for new, old in zip(*task.shared, strict=True) if known[new]]
         new_rows = [id for id in task.new_rows if known[id]] if shared else []

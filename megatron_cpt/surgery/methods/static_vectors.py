@@ -86,6 +86,17 @@ def vectors_of_ids(ids: Iterable[Array], vocab_size: int, dimension: int, window
     return vectors
 
 
+def centred(vectors_VE: Tensor) -> Tensor:
+    """Unit vectors without what all that are not zero have in common, their mean; zero ones stay.
+
+    Source: Mu and Viswanath 2018 (arXiv 1702.01417), section 3, with no direction but the mean taken away.
+    """
+    known_V = vectors_VE.any(dim=1)
+    if bool(known_V.any()):
+        vectors_VE = torch.where(known_V[:, None], vectors_VE - vectors_VE[known_V].mean(dim=0), 0.0)
+    return vectors_VE / vectors_VE.norm(dim=1, keepdim=True).clamp(min=1e-30)
+
+
 def _ids_of_texts(tokenizer: Tokenizer, batches: Iterable[Sequence[str]], window: int) -> Iterator[Array]:
     gap = [-1] * window  # between texts, so that no pair spans two
     for texts in batches:
