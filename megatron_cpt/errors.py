@@ -38,6 +38,10 @@ class DataError(InputError):
     """A corpus or an indexed dataset that cannot be used as it is."""
 
 
+class TooLittleText(DataError):
+    """A text that is sound, but too short for what it shall tell."""
+
+
 class KernelUnsupported(InputError):
     """A named implementation of an op that cannot run here; the message holds the reason."""
 

@@ -45,6 +45,7 @@ class HelperConfig(Section):
 class ComparisonConfig(RunConfig):
     """A run whose surgery has several arms; everything else is made once for each seed and shared."""
 
+    surgery: ArmSurgeryConfig = ArmSurgeryConfig()  # of arms that state none
     # seed, seed + 1, ...: of the base, the order of the data, drawn rows, and the helper.
     num_seeds: Positive = 3
     control: Language | tuple[Language, ...] = ()  # the arms that the others are measured against; empty: the first
@@ -118,6 +119,8 @@ def _problems(config: ComparisonConfig) -> Iterator[str]:
             yield f"arms.{name}: got scratch and also tokenizer: base, expected one of the two; leave one out"
         if arm.surgery is not None and config.surgery_of(name) is None:
             yield f"arms.{name}: got surgery for an arm that begins without; leave surgery out, or what is beside it"
+        if arm.surgery is not None and arm.surgery.problem is not None:
+            yield f"arms.{name}.surgery: {arm.surgery.problem}"
         if config.wants_helper(name) and config.helper is None:
             yield f"arms.{name}: names the {TRAINED!r} helper, but there is no `helper` with shape and train; add it"
         for key in _SHARED:

@@ -146,6 +146,8 @@ def _expected(error: ErrorDetails) -> str:
         return "a name, or keys with values and `method` among them"
     if error["type"] == "string_pattern_mismatch":  # the only pattern there is
         return LANGUAGE_RULE
+    if error["type"] == "value_error":  # a section's own rule
+        return str(error["ctx"]["error"])
     text = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     text = TYPE_WORDS.get(text, text)
     return f"a number {text}" if text.startswith(("greater", "less")) else text

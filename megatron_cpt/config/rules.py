@@ -38,6 +38,8 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             "base: got a path and also shape or train, expected one of the two ways; "
             "give --set base.shape=null --set base.train=null"
         )
+    if config.surgery.problem is not None:
+        yield f"surgery: {config.surgery.problem}"
     if base.train is not None:
         yield from _learn_problems("base.train", base.train, base.shape)
     yield from _learn_problems("train", config.train, base.shape)

@@ -5,10 +5,11 @@ In a configuration a method without settings of its own may stand as its name al
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from megatron_cpt.config.section import NonNegative, Positive, PositiveFloat, Section
 from megatron_cpt.errors import ConfigError
@@ -183,9 +184,14 @@ METHODS = (
     WechselMethod,
     OmpMethod,
 )
-METHOD_NAMES: tuple[str, ...] = tuple(
-    name for section in METHODS for name in get_args(section.model_fields["method"].annotation)
-)
+
+
+def _names(section: type[Method]) -> tuple[str, ...]:
+    names: tuple[str, ...] = get_args(section.model_fields["method"].annotation)
+    return names
+
+
+METHOD_NAMES: tuple[str, ...] = tuple(name for section in METHODS for name in _names(section))
 
 
 def _by_name(value: Any) -> Any:
@@ -212,11 +218,12 @@ class CalibrationConfig(Section):
     """A handful of numbers for all new rows, found on a little text of both languages with the model frozen.
 
     First the prior: vectors of the pieces, of `dimension` numbers (0: none), from `counted_tokens` of the target's
-    dataset, and a forward pass over `prior_tokens` (0: no prior). Then `steps` of Adam.
+    dataset, and a forward pass over `prior_tokens` (0: no prior). Then `steps` of Adam. Samples are of `seq_length`
+    tokens, or of the base's longest, if that is less.
     """
 
     prior_tokens: NonNegative = 16384
-    dimension: NonNegative = 64
+    dimension: Annotated[int, Field(ge=0, le=1024)] = 64
     counted_tokens: Positive = 20_000_000
     steps: NonNegative = 0
     step_tokens: Positive = 1024
@@ -225,6 +232,12 @@ class CalibrationConfig(Section):
     rank: NonNegative = 8  # of the map of the head's new rows; 0: none
     source_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # of the text
     seed: NonNegative = 1
+
+    @model_validator(mode="after")
+    def _does_something(self) -> CalibrationConfig:
+        if not self.prior_tokens and not self.steps:
+            raise ValueError("prior_tokens or steps above 0, or null for no calibration")
+        return self
 
     @property
     def tokens(self) -> int:
@@ -241,9 +254,19 @@ class SurgeryConfig(Section):
     head: MatrixMethod = PiecesMethod()
     calibration: CalibrationConfig | None = CalibrationConfig()  # null: the rows as the methods make them
 
+    @property
+    def problem(self) -> str | None:
+        """What its parts do not mean together."""
+        if self.calibration is None or (self.embedding.copy_kept and self.head.copy_kept):
+            return None
+        return (
+            "got calibration, which is of new pieces alone, and also copy_kept: false, which makes the rows of kept "
+            "ones anew; give calibration: null, or copy the kept rows"
+        )
+
 
 class ArmSurgeryConfig(SurgeryConfig):
-    """The surgery that an arm of a comparison states: its methods alone, unless it states a calibration."""
+    """The surgery of an arm of a comparison: its methods alone, unless a calibration is stated."""
 
     calibration: CalibrationConfig | None = None
 
@@ -270,13 +293,16 @@ def parse_calibration(value: Any) -> CalibrationConfig:
     try:
         return CalibrationConfig.model_validate(value)
     except ValidationError as caught:
-        found = [
-            f"calibration has no setting {error['loc'][0]}: expected one of {', '.join(CalibrationConfig.model_fields)}"
-            if error["type"] == "extra_forbidden"
-            else f"calibration: {error['loc'][0]} is {error['input']!r}; {error['msg']}"
-            for error in caught.errors(include_url=False)
-        ]
-        raise ConfigError("\n".join(found)) from None
+        raise ConfigError("\n".join(map(_line_of_calibration, caught.errors(include_url=False)))) from None
+
+
+def _line_of_calibration(error: Any) -> str:
+    if not error["loc"]:
+        return f"calibration: expected {error['ctx']['error']}"
+    name = error["loc"][0]
+    if error["type"] == "extra_forbidden":
+        return f"calibration has no setting {name}: expected one of {', '.join(CalibrationConfig.model_fields)}"
+    return f"calibration: {name} is {error['input']!r}; {error['msg']}"
 
 
 def _lines(caught: ValidationError, value: Any) -> Sequence[str]:
@@ -290,7 +316,10 @@ def _lines(caught: ValidationError, value: Any) -> Sequence[str]:
         if error["type"] == "missing":
             lines.append(f"surgery method {name} needs {setting}: give --set {setting}=VALUE")
         elif error["type"] == "extra_forbidden":
-            lines.append(f"surgery method {name} has no setting {setting}: leave it out")
+            known = next(section for section in METHODS if name in _names(section)).model_fields
+            near = [field for field in known if setting in field] or difflib.get_close_matches(setting, known)
+            hint = f"did you mean {' or '.join(near)}?" if near else "leave it out"
+            lines.append(f"surgery method {name} has no setting {setting}: {hint}")
         else:
             lines.append(f"surgery method {name}: {setting} is {error['input']!r}; {error['msg']}")
     return lines

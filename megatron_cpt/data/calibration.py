@@ -49,6 +49,14 @@ class CalibrationText:
         ]
         self._plan = SamplePlan(weighted, seq_length, seed)
         self._seq_length, self._given, self._target = seq_length, 0, sides[0]
+        self._most = min(
+            len(side) * min(ds.num_tokens for ds in side) / share for side, share in zip(sides, shares, strict=True)
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that can be taken until a dataset begins again, in whole samples."""
+        return int(self._most) // self._seq_length * self._seq_length
 
     def take(self, count: int) -> Batch:
         """The next samples of both languages, of at least `count` tokens."""

@@ -24,7 +24,7 @@ from megatron_cpt.config.schema import (
 from megatron_cpt.config.surgery import MODEL_FIELDS, CalibrationConfig, Method
 from megatron_cpt.data import CalibrationText, DatasetBuild, build_dataset, build_files, read_documents
 from megatron_cpt.data.world import write_world
-from megatron_cpt.errors import ConfigError, VerificationError
+from megatron_cpt.errors import ConfigError, TooLittleText, VerificationError
 from megatron_cpt.evaluation import certify, check_certificate, logit_parity
 from megatron_cpt.pipeline.claim import claim, refuse_foreign
 from megatron_cpt.pipeline.corpus import Corpus, open_corpora, world_corpora
@@ -223,15 +223,18 @@ class Run:
         )
 
     def _calibrated(self, plan: SurgeryPlan, settings: CalibrationConfig) -> tuple[SurgeryPlan, dict[str, Any]]:
-        """The plan calibrated on the texts that training reads."""
+        """The plan calibrated on the texts that training reads; as it is where they tell too little."""
         source, target = (
             [str(self.paths.shards / f"{name}.train") for name in corpus.parts] for corpus in (self.source, self.target)
         )
-        text = CalibrationText(
-            source, target, plan.new_sha256, settings.seq_length, settings.source_share, settings.seed
-        )
         base, device = open_checkpoint(self.paths.base_model), current_device().torch_device()
-        return calibrate(plan, base, text, settings, device=device)
+        length = min(settings.seq_length, base.llama.max_position_embeddings)
+        text = CalibrationText(source, target, plan.new_sha256, length, settings.source_share, settings.seed)
+        try:
+            return calibrate(plan, base, text, settings, device=device)
+        except TooLittleText as caught:
+            print(f"  not calibrated: {caught}", flush=True)
+            return plan, {"left_out": str(caught)}
 
     def _texts(self, files: Sequence[str], side: str) -> Iterator[str]:
         """Texts that a method of surgery reads; the run's own where it names none."""

@@ -156,6 +156,9 @@ class SurgeryPlan:
         if not 0 <= new_id < self.new_size:
             raise InputError(f"row {new_id} is not in the plan: expected 0 to {self.new_size - 1}")
         made = {name: self.matrix(name).describe(new_id) for name in _MATRICES}
+        for name in _MATRICES:
+            if self.matrix(name).adjustment is not None and self.origins[new_id] == "new":
+                made[name]["then"] = "calibrated"
         return {"id": new_id, "origin": self.origins[new_id], **made}
 
 

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.checkpoint.reader import ModelReader
+from megatron_cpt.checkpoint.tokenizer_files import recorded_tokenizer
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.surgery.matrix import RowMaker
 from megatron_cpt.surgery.plan import SurgeryPlan
+
+
+def check_starts_from(plan: SurgeryPlan, base: Path) -> str | None:
+    """The tokenizer that a checkpoint records, which has to be the one that the plan starts from; None: none.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    recorded = recorded_tokenizer(base)
+    if recorded is not None and recorded != plan.old_sha256:
+        already = " (it is the one that the plan leads to: this checkpoint is extended)"
+        raise CheckpointError(
+            f"the tokenizer of {base} ({recorded[:12]}) is not the one the plan starts from "
+            f"({plan.old_sha256[:12]}){already if recorded == plan.new_sha256 else ''}: plan again with this model's "
+            "tokenizer"
+        )
+    return recorded
 
 
 class PlannedReader:
@@ -20,10 +40,11 @@ class PlannedReader:
         plan: made for the base's vocabulary.
 
     Raises:
-        CheckpointError: the base has fewer rows than the plan draws from.
+        CheckpointError: the base has another tokenizer than the plan starts from, or fewer rows.
     """
 
     def __init__(self, reader: ModelReader, plan: SurgeryPlan) -> None:
+        check_starts_from(plan, Path(reader.folder))
         if reader.vocab_size < plan.old_size:
             raise CheckpointError(
                 f"{reader.folder} has {reader.vocab_size} vocabulary rows, the plan starts from {plan.old_size}: "

@@ -40,6 +40,7 @@ def test_an_arm_is_the_shared_run_with_its_changes(tmp_path: Path) -> None:
     assert made.train.train_steps == 240 - 2, "3,000 tokens are two steps of 2,048"
     assert made.surgery.model_dump()["embedding"]["seed"] == 2, "drawn anew with the second seed"
     assert run_with_seed(config, 4, "plain").config.tokenizer.method == "none"
+    assert shared.surgery.calibration is None and config.steps_of_calibration("mean") == 0, "it states none"
     same = made.model_dump(exclude={"train", "surgery"})
     assert same == shared.model_dump(exclude={"train", "surgery"})
 
@@ -69,6 +70,11 @@ def test_an_arm_is_the_shared_run_with_its_changes(tmp_path: Path) -> None:
             {"a": {"surgery": {"head": {"method": "clp", "helper": "trained"}}}},
             {},
             "arms.a: names the 'trained' helper, but there is no `helper` with shape and train",
+        ),
+        (
+            {"a": {"surgery": {"embedding": {"method": "normal", "copy_kept": False}, "calibration": {}}}},
+            {},
+            "arms.a.surgery: got calibration, which is of new pieces alone",
         ),
         ({"a": {}}, {"tokenizer": {"method": "none"}}, "tokenizer.method: got none, expected extend or replace"),
         (

@@ -239,6 +239,11 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
             "train.optimizer.warmup_steps: got 9999, expected at most train.train_steps",
         ),
         (
+            ["surgery.head={method: normal, copy_kept: false}"],
+            "surgery: got calibration, which is of new pieces alone, and also copy_kept: false",
+        ),
+        (["surgery.calibration.prior_tokens=0"], "expected prior_tokens or steps above 0, or null"),
+        (
             ["base.train.optimizer.min_learning_rate=1"],
             "base.train.optimizer.min_learning_rate: got 1, expected at most",
         ),

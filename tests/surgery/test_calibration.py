@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from transformers import LlamaForCausalLM
 from megatron_cpt.checkpoint import LlamaForward, open_hf
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.cli.main import main
-from megatron_cpt.config.surgery import CalibrationConfig, parse_calibration
-from megatron_cpt.data import Batch, CalibrationText, Document, build_dataset
-from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.config.surgery import CalibrationConfig, parse_calibration, parse_method
+from megatron_cpt.data import Batch, CalibrationText, Document, IndexedDataset, build_dataset
+from megatron_cpt.errors import CheckpointError, ConfigError, DataError, InputError, TooLittleText
 from megatron_cpt.surgery import RowMaker, SurgeryPlan, apply_surgery, calibrate, plan_surgery
 from megatron_cpt.surgery.calibration import log_frequencies, piece_vectors
 from megatron_cpt.surgery.calibration.prior import directions, nothing, vector_directions
@@ -130,8 +131,10 @@ def test_the_table_of_a_tied_model_is_made_as_a_head(
     text = text_of(datasets, plan)
     held_out = text.take(960)
     settings = CalibrationConfig(prior_tokens=4800, seq_length=SEQ, dimension=8)
+    stepped, _ = calibrate(plan, open_hf(base), text_of(datasets, plan), settings.model_copy(update={"steps": 2}))
+    stepped.save(tmp_path / "stepped")
+    apply_surgery(SurgeryPlan.load(tmp_path / "stepped"), base, tmp_path / "after steps", new_tokenizer)
     made, facts = calibrate(plan, open_hf(base), text, settings)
-    assert facts["tokens"] == 4800
     made.save(tmp_path / "plan")
     apply_surgery(SurgeryPlan.load(tmp_path / "plan"), base, tmp_path / "operated", new_tokenizer)
     table = open_hf(tmp_path / "operated").read(EMBEDDING)
@@ -252,9 +255,10 @@ def test_steps_lower_the_loss(plan: SurgeryPlan, make_model: Make, datasets: tup
     assert made.embedding.adjustment is not None and made.head.adjustment is not None
     assert nats(made, base, held_out) < nats(plan, base, held_out) - 0.1
     assert facts["steps"]["nats_last"] < facts["steps"]["nats_first"]
-    again, _ = calibrate(made, open_hf(base), text_of(datasets, plan), settings)
-    assert again.head.adjustment is not None  # begins from the methods' rows, not on top of the last calibration
-    assert float((again.head.adjustment.offset_D - made.head.adjustment.offset_D).abs().max()) < 1.0
+    # It begins from the methods' rows, not on top of the last calibration.
+    again, plain = (calibrate(one, open_hf(base), text_of(datasets, plan), settings)[0] for one in (made, plan))
+    assert again.head.adjustment is not None and plain.head.adjustment is not None
+    assert torch.equal(again.head.adjustment.offset_D, plain.head.adjustment.offset_D)
 
 
 def test_the_command(
@@ -268,10 +272,10 @@ def test_the_command(
     base = make_model(plan.old_size)
     plan.save(tmp_path / "plan", new_tokenizer)
     words = ["surgery", "calibrate", str(tmp_path / "plan"), str(base), "--target", str(datasets[1]), "--source"]
-    sizes = ["--set", "prior_tokens=960", "--set", "steps=2", "--set", "step_tokens=240", "--set", f"seq_length={SEQ}"]
+    sizes = ["--set", "prior_tokens=2400", "--set", "steps=2", "--set", "step_tokens=240", "--set", f"seq_length={SEQ}"]
     assert main([*words, str(datasets[0]), "--output", str(tmp_path / "made"), *sizes, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["tokens"] == 960 + 3 * 240
+    assert facts["tokens"] == 2400 + 3 * 240
     loaded = SurgeryPlan.load(tmp_path / "made")
     assert loaded.facts()["calibrated"] == {"embedding": True, "head": True}
     assert main(["surgery", "apply", str(tmp_path / "made"), str(base), str(tmp_path / "applied")]) == 0
@@ -289,9 +293,34 @@ def test_the_command(
 def test_text_of_one_language_is_not_enough(plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]) -> None:
     base = make_model(plan.old_size)
     text = text_of(datasets, plan, 0.999)
-    with pytest.raises(DataError, match="text of both languages"):
-        calibrate(plan, open_hf(base), text, CalibrationConfig(prior_tokens=48, seq_length=SEQ))
+    with pytest.raises(TooLittleText, match=r"half of the \d+ tokens .* holds \d+ new pieces, expected at least 200"):
+        calibrate(plan, open_hf(base), text, CalibrationConfig(prior_tokens=2400, seq_length=SEQ))
     with pytest.raises(DataError):
         CalibrationText([datasets[0]], [datasets[1]], "0" * 64, SEQ, 0.5, 1)
     with pytest.raises(ConfigError, match="source_share is 1"):
         parse_calibration({"source_share": 1})
+    with pytest.raises(ConfigError, match="calibration: expected prior_tokens or steps above 0"):
+        parse_calibration({"prior_tokens": 0})
+    with pytest.raises(ConfigError, match="dimension is 2000"):
+        parse_calibration({"dimension": 2000})
+
+
+def test_each_text_is_read_once_at_most(plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]) -> None:
+    text = text_of(datasets, plan)
+    fewest = min(IndexedDataset(prefix).num_tokens for prefix in datasets)
+    assert 0 <= 2 * fewest - text.num_tokens < SEQ
+    settings = CalibrationConfig(prior_tokens=1 << 20, seq_length=SEQ, dimension=0)
+    _, facts = calibrate(plan, open_hf(make_model(plan.old_size)), text, settings)
+    assert facts["tokens"] == text.num_tokens
+
+
+def test_the_base_has_to_be_the_one_of_the_plan(
+    vocab_map: VocabMap, plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path], new_tokenizer: Path
+) -> None:
+    base, settings = make_model(plan.old_size), CalibrationConfig(prior_tokens=2400, seq_length=SEQ)
+    anew = plan_surgery(vocab_map, parse_method({"method": "normal", "copy_kept": False}))
+    with pytest.raises(InputError, match="copy_kept: false"):
+        calibrate(anew, open_hf(base), text_of(datasets, plan), settings)
+    shutil.copyfile(new_tokenizer / "tokenizer.model", base / "tokenizer.model")
+    with pytest.raises(CheckpointError, match="this checkpoint is extended"):
+        calibrate(plan, open_hf(base), text_of(datasets, plan), settings)

@@ -42,11 +42,13 @@ def calibrate(
     wanted = parse_calibration(layers.tree)
     check_free(output, InputError)
     loaded = SurgeryPlan.load(plan)
-    text = CalibrationText([source], [target], loaded.new_sha256, wanted.seq_length, wanted.source_share, wanted.seed)
+    model = open_checkpoint(base)
+    length = min(wanted.seq_length, model.llama.max_position_embeddings)
+    text = CalibrationText([source], [target], loaded.new_sha256, length, wanted.source_share, wanted.seed)
     with progress(f"Calibrating {plan}") as advance:
         made, facts = calibrate(
             loaded,
-            open_checkpoint(base),
+            model,
             text,
             wanted,
             device=current_device().torch_device(),

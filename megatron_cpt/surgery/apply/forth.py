@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_cpt.checkpoint.opening import open_tables
 from megatron_cpt.checkpoint.tables import NewTable, Progress, Rows, Table, VocabTables
-from megatron_cpt.checkpoint.tokenizer_files import recorded_tokenizer
 from megatron_cpt.config.folders import check_apart, check_free, new_folder
 from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError, TokenizerError
@@ -20,6 +19,7 @@ from megatron_cpt.surgery.apply.finish import finish
 from megatron_cpt.surgery.apply.record import examine, write_lost
 from megatron_cpt.surgery.matrix import MatrixPlan, RowMaker
 from megatron_cpt.surgery.plan import SurgeryPlan
+from megatron_cpt.surgery.planned import check_starts_from
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
 # More unused rows than any padding leaves (a multiple of 128 for 8 tensor-parallel ranks) look like another vocabulary.
@@ -144,14 +144,7 @@ def _new_tokenizer(plan: SurgeryPlan, folder: Path) -> Tokenizer:
 
 def _check_fits(plan: SurgeryPlan, old: VocabTables) -> int:
     """Check that the plan's old vocabulary is the checkpoint's; returns the number of padding rows."""
-    recorded = recorded_tokenizer(old.folder)
-    if recorded is not None and recorded != plan.old_sha256:
-        already = " (it is the one that the plan leads to: this checkpoint is extended)"
-        raise CheckpointError(
-            f"the tokenizer of {old.folder} ({recorded[:12]}) is not the one the plan starts from "
-            f"({plan.old_sha256[:12]}){already if recorded == plan.new_sha256 else ''}: plan again with this model's "
-            "tokenizer"
-        )
+    recorded = check_starts_from(plan, old.folder)
     rows = {table.num_rows for table in old.tables}
     fewest = min(rows)
     padding = fewest - plan.old_size

@@ -22,7 +22,7 @@ from megatron_cpt.checkpoint import LlamaForward
 from megatron_cpt.checkpoint.llama import EMBEDDING
 from megatron_cpt.checkpoint.reader import ModelReader
 from megatron_cpt.config.surgery import CalibrationConfig
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import DataError, InputError
 from megatron_cpt.surgery.calibration.prior import fit_prior, nothing, with_vectors
 from megatron_cpt.surgery.calibration.steps import Calibrated, learn
 from megatron_cpt.surgery.matrix import Adjustment, MatrixPlan
@@ -54,6 +54,10 @@ class Tokens(Protocol):
 
 class Text(Protocol):
     """What calibration reads (`data.CalibrationText`)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that can be taken until a language's text begins again."""
 
     def take(self, count: int) -> Tokens:
         """The next tokens of both languages, at least `count`."""
@@ -91,13 +95,21 @@ def calibrate(
         The plan with its adjustments, and facts: `tokens` read, and what the prior and the steps found.
 
     Raises:
-        DataError: the text holds no new piece, or only new ones.
+        TooLittleText: the text tells too little of new pieces, or of others.
+        DataError: the plan has no new rows.
+        CheckpointError: the base is not the one that the plan is for.
     """
+    if not all(matrix.method.get("copy_kept", True) for matrix in (plan.embedding, plan.head)):
+        raise InputError(
+            "the plan makes the rows of kept pieces anew (copy_kept: false), calibration is of new pieces alone: plan "
+            "again with kept rows, or leave calibration out"
+        )
     plan = replace(plan, embedding=replace(plan.embedding, adjustment=None), head=replace(plan.head, adjustment=None))
     if not len(plan.head.new_rows):
         raise DataError("the plan has no new rows: there is nothing to calibrate")
     forward = LlamaForward(PlannedReader(base, plan), cache=True, device=device)
-    total = settings.prior_tokens + settings.steps * settings.step_tokens
+    prior_tokens = min(settings.prior_tokens, text.num_tokens)
+    total = prior_tokens + settings.steps * settings.step_tokens
     done = 0
 
     def next_tokens(count: int) -> Tokens:
@@ -118,12 +130,13 @@ def calibrate(
             start = replace(start, embedding=with_vectors(plan.embedding, vectors, length, width, settings.seed))
             forward = LlamaForward(PlannedReader(base, _with(plan, start)), cache=True, device=device)
         features = torch.cat([log_frequencies(plan.head, text.counts())[:, None], vectors], dim=1)
-        tokens = next_tokens(settings.prior_tokens)
+        tokens = next_tokens(prior_tokens)
         head, facts["prior"] = fit_prior(forward, plan.head, features, *_hidden(forward, tokens))
-        # A tied model's one table is made as its head asks.
-        start = Calibrated(deepcopy(head), head) if tied else replace(start, head=head)
+        start = replace(start, head=head)
     if settings.steps:
         start, facts["steps"] = learn(forward, plan, start, next_tokens, settings)
+    if tied:  # the one table is made as the head asks; of tensors of their own, as a file wants them
+        start = replace(start, embedding=deepcopy(start.head))
     return _with(plan, start), {"tokens": done, **facts}
 
 

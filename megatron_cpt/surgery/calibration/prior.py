@@ -26,13 +26,15 @@ import torch
 from torch import Tensor
 
 from megatron_cpt.checkpoint import LlamaForward
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import TooLittleText
 from megatron_cpt.surgery.matrix import Adjustment, MatrixPlan
 from megatron_cpt.surgery.random_rows import normal_rows
 
 _RIDGE = 0.1  # of the mean square of a hidden state's elements
-_FITTED_ELEMENTS = 1 << 22  # logits of new rows held while the three numbers are fitted
+_FITTED_ELEMENTS = 1 << 22  # logits of new rows held while the four numbers are fitted,
+_FITTED_POSITIONS = 512  # but of this many positions at least
 _ROUNDS = 30
+_LEAST_LABELS = 200  # of each kind in each half of the text: four numbers, and two directions held by a ridge
 _RIDGE_HIDDEN, _RIDGE_LEFT = 0.3, 0.1  # of the mean variance of hidden states, and of what they leave of the vectors
 _OLD_WEIGHT = 16.0  # in the fit of the numbers, of a position before an old piece: what the base can do comes first
 _VECTOR_LENGTH = 0.5  # in the embedding, of the mean length of an old row
@@ -83,24 +85,18 @@ def fit_prior(
         and after, in nats, old pieces counted sixteen times.
 
     Raises:
-        DataError: no label of the first half is a new piece, or all are.
+        TooLittleText: a half of the text has few labels that are new pieces, or few that are not.
     """
     half = len(label_N) // 2
-    later = hidden_ND[half:], label_N[half:]
-    hidden_ND, label_N = hidden_ND[:half], label_N[:half]
     is_new_N = torch.isin(label_N, plan.new_rows.to(label_N.device))
-    share = float(is_new_N.double().mean()) if len(is_new_N) else 0.0
-    if not 0.0 < share < 1.0:
-        raise DataError(
-            f"of {len(is_new_N)} tokens of text {share:.0%} are new pieces: expected some and not all; give text of "
-            "both languages, tokenised with the new tokenizer, or leave calibration out (in a recipe: "
-            "surgery.calibration=null)"
-        )
+    _check_enough(is_new_N[:half], is_new_N[half:])
+    later = hidden_ND[half:], label_N[half:]
+    hidden_ND, label_N, is_new_N = hidden_ND[:half], label_N[:half], is_new_N[:half]
     target_D, source_D = directions(hidden_ND, is_new_N)
     vectors_ED = vector_directions(
         hidden_ND[is_new_N], features_NF.to(hidden_ND.device)[_places(plan, label_N[is_new_N]), 1:], target_D
     )
-    chosen = _sample(later[1], max(64, _FITTED_ELEMENTS // len(plan.new_rows)))
+    chosen = _sample(later[1], max(_FITTED_POSITIONS, _FITTED_ELEMENTS // len(plan.new_rows)))
     shapes = target_D, source_D, vectors_ED
     logits = _Logits(forward, plan, features_NF, later[0][chosen], later[1][chosen], shapes)
     numbers, before, after = logits.fit()
@@ -112,8 +108,24 @@ def fit_prior(
         features_NF=features_NF,
         directions_FD=torch.cat([target_D[None], vector_share * vectors_ED]).float().cpu(),
     )
-    facts = {"keep": keep, "centre": centre, "margin": margin, "share": vector_share, "new_labels": share}
+    facts = {"keep": keep, "centre": centre, "margin": margin, "share": vector_share}
+    facts["new_labels"] = float(is_new_N.double().mean())
     return adjustment, {**facts, "nats_before": before, "nats_after": after}
+
+
+def _check_enough(*halves: Tensor) -> None:
+    """Check that each half of a text, given by whether its labels are new pieces, has enough of both kinds."""
+    fewest = {
+        "new pieces": min(int(is_new_N.sum()) for is_new_N in halves),
+        "old ones": min(int((~is_new_N).sum()) for is_new_N in halves),
+    }
+    for kind, count in fewest.items():
+        if count < _LEAST_LABELS:
+            raise TooLittleText(
+                f"half of the {sum(map(len, halves))} tokens read for calibration holds {count} {kind}, expected at "
+                f"least {_LEAST_LABELS}: give more text of both languages, read more of it (prior_tokens), or leave "
+                "calibration out"
+            )
 
 
 def directions(hidden_ND: Tensor, is_new_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,8 +219,9 @@ class _Logits:
         """The four numbers of the least loss, the loss of the rows as they are, and the least."""
         total_N = torch.logaddexp(self.kept_N, self.row_NR.logsumexp(dim=1))
         before = float((self.weight_N * (total_N - self.label_N)).sum() / self.weight_N.sum())
-        # From rows that are the prior alone: the smallest and the rows themselves are two starts, the better one wins.
+        # Two starts, rows that are the prior alone and rows that have it too; where neither helps, rows as they are.
         tries = [self._from(torch.tensor([keep, 8.0, 8.0, 0.3])) for keep in (0.0, 1.0)]
+        tries.append((before, (1.0, 0.0, 0.0, 0.0)))
         after, numbers = min(tries, key=lambda found: found[0])
         return numbers, before, after
 

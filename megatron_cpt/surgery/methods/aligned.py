@@ -37,7 +37,7 @@ def aligned(task: Task, method: AlignedMethod) -> MatrixPlan:
 
 
 def _rows(task: Task, method: AlignedMethod) -> tuple[dict[int, Row], dict[str, object]]:
-    reading = Reading(task.inputs.read_texts(method.target_corpus, "target"), method.max_bytes)
+    reading = Reading(task.inputs.read_texts(method.target_corpus, "target"), method.max_bytes, "target_corpus")
     old, new = _Spelling(task.inputs.old), _Spelling(task.inputs.new)
     wanted = np.zeros(task.vocab_map.new_size, np.bool_)
     wanted[task.new_rows] = True

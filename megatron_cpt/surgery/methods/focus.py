@@ -27,10 +27,10 @@ def focus(task: Task, method: FocusMethod) -> MatrixPlan:
     """
 
     def make() -> tuple[dict[int, Row], dict[str, object]]:
-        target = Reading(task.inputs.read_texts(method.target_corpus, "target"), method.max_bytes)
+        target = Reading(task.inputs.read_texts(method.target_corpus, "target"), method.max_bytes, "target_corpus")
         readings = {"target_corpus": target}
         if not method.target_only:
-            source = Reading(task.inputs.read_texts(method.source_corpus, "source"), method.max_bytes)
+            source = Reading(task.inputs.read_texts(method.source_corpus, "source"), method.max_bytes, "source_corpus")
             readings = {"source_corpus": source, **readings}
         vectors = centred(static_vectors(task.inputs.new, chain.from_iterable(readings.values()), method))
         known = vectors.any(1)

@@ -43,8 +43,8 @@ class Inputs:
 class Reading:
     """The first `max_bytes` bytes of texts in batches, and afterwards the facts of what was read."""
 
-    def __init__(self, texts: Iterable[str], max_bytes: int) -> None:
-        self._texts, self._max_bytes = texts, max_bytes
+    def __init__(self, texts: Iterable[str], max_bytes: int, name: str = "corpus") -> None:
+        self._texts, self._max_bytes, self._name = texts, max_bytes, name
         self._num_texts = self._num_bytes = 0
         self._hash = hashlib.sha256()
 
@@ -66,7 +66,7 @@ class Reading:
         if batch:
             yield batch
         if not self._num_bytes:
-            raise InputError("the corpus of a surgery method holds no text: name files with text in them")
+            raise InputError(f"the {self._name} of a surgery method holds no text: name files with text in them")
 
     def facts(self) -> dict[str, Any]:
         """Number of texts and bytes, and the SHA-256 of them."""

@@ -37,8 +37,8 @@ def wechsel(task: Task, method: WechselMethod) -> MatrixPlan:
     """
 
     def make() -> tuple[dict[int, Row], dict[str, object]]:
-        source = Reading(task.inputs.read_texts(method.source_corpus, "source"), method.max_bytes)
-        target = Reading(task.inputs.read_texts(method.target_corpus, "target"), method.max_bytes)
+        source = Reading(task.inputs.read_texts(method.source_corpus, "source"), method.max_bytes, "source_corpus")
+        target = Reading(task.inputs.read_texts(method.target_corpus, "target"), method.max_bytes, "target_corpus")
         old_vectors = static_vectors(task.inputs.old, source, method)
         new_vectors = static_vectors(task.inputs.new, target, method)
         pairs = list(_shared_pairs(task, old_vectors, new_vectors))
