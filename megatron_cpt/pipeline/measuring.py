@@ -143,6 +143,7 @@ def write_run_report(
             "source_lines_changed": facts["tokenizer"]["source_lines_changed"],
             "fast_slow_mismatches": facts["tokenizer"]["fast_slow_mismatches"],
         },
+        **({"surgery": surgery} if (surgery := _surgery(steps.facts("surgery"))) else {}),
         **({"probe": probe} if probe else {}),
         "logit_parity": facts["export"]["logit_parity"],
         "export": {
@@ -159,6 +160,14 @@ def write_run_report(
     }
     write_report(report, history, paths.root)
     return report
+
+
+def _surgery(facts: dict[str, Any]) -> dict[str, Any]:
+    """How the new rows were made; empty where the vocabulary is the base's."""
+    if not facts:
+        return {}
+    methods = {name: method["method"] for name, method in facts["methods"].items()}
+    return {**methods, "new_rows": facts["rows"]["new"], "calibration": facts.get("calibration", "none")}
 
 
 def _stages(paths: Paths) -> list[dict[str, Any]]:

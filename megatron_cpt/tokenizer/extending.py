@@ -223,7 +223,7 @@ def choose(
             f"no piece is left to append: of {len(offered)} offered pieces {dropped['in_base']} are in the base, "
             f"{dropped['script']} have no character of script {script!r}, {dropped['unreachable']} are unreachable, "
             f"{dropped.get('rare', 0)} are used fewer than {min_count} times and {dropped['divisor']} were dropped to "
-            f"make the size a multiple of {divisor}; check the corpus and the script, ask for more pieces, or use a "
-            "smaller divisor"
+            f"make the size a multiple of {divisor}; check the corpus and the script, ask for more pieces, use a "
+            "smaller divisor, or list beside an unreachable piece the two that it is merged from"
         )
     return choice

@@ -74,6 +74,9 @@ def test_report_has_every_field(run: Path) -> None:
     assert report["logit_parity"]["max_abs_diff"] <= 1e-4
     assert report["tokenizer"]["source_lines_changed"]["changed"] == 0
     assert report["tokenizer"]["fast_slow_mismatches"]["mismatches"] == 0
+    surgery = report["surgery"]
+    assert (surgery["embedding"], surgery["head"]) == ("aligned", "mean") and surgery["new_rows"] > 100
+    assert 15_000 < surgery["calibration"]["tokens"] <= 16_384
     train = report["train"]
     assert (train["world_size"], train["layout"], train["tokens"]) == (2, "TP2-PP1-DP1", 4 * 16 * 128)
     assert train["tokens_per_second"] > 0 and train["bytes_per_second"] > train["tokens_per_second"]
