@@ -38,7 +38,7 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             "base: got a path and also shape or train, expected one of the two ways; "
             "give --set base.shape=null --set base.train=null"
         )
-    if config.surgery.problem is not None:
+    if config.surgery.problem is not None and config.tokenizer.method != "none":
         yield f"surgery: {config.surgery.problem}"
     if base.train is not None:
         yield from _learn_problems("base.train", base.train, base.shape)

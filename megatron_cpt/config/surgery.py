@@ -297,8 +297,10 @@ def parse_calibration(value: Any) -> CalibrationConfig:
 
 
 def _line_of_calibration(error: Any) -> str:
+    if error["type"] == "value_error":
+        return f"calibration: got {error['input']}, expected {error['ctx']['error']}"
     if not error["loc"]:
-        return f"calibration: expected {error['ctx']['error']}"
+        return f"calibration: got {error['input']!r}, expected settings with values"
     name = error["loc"][0]
     if error["type"] == "extra_forbidden":
         return f"calibration has no setting {name}: expected one of {', '.join(CalibrationConfig.model_fields)}"
@@ -317,7 +319,9 @@ def _lines(caught: ValidationError, value: Any) -> Sequence[str]:
             lines.append(f"surgery method {name} needs {setting}: give --set {setting}=VALUE")
         elif error["type"] == "extra_forbidden":
             known = next(section for section in METHODS if name in _names(section)).model_fields
-            near = [field for field in known if setting in field] or difflib.get_close_matches(setting, known)
+            near = [field for field in known if len(setting) > 2 and setting in field] or difflib.get_close_matches(
+                setting, known
+            )
             hint = f"did you mean {' or '.join(near)}?" if near else "leave it out"
             lines.append(f"surgery method {name} has no setting {setting}: {hint}")
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ class CalibrationText:
     """What `surgery.calibrate` reads.
 
     Args:
-        source: prefixes of the source language's datasets, read in equal shares.
+        source: prefixes of the source language's datasets, read by their sizes.
         target: prefixes of the target language's.
         tokenizer_sha256: of the new tokenizer, which both were built with.
         seq_length: tokens of a sample.
@@ -45,18 +47,19 @@ class CalibrationText:
             dataset.check_tokenizer(tokenizer_sha256)
         shares = (1.0 - source_share, source_share)
         weighted = [
-            (ds, ds.language, share / len(side)) for side, share in zip(sides, shares, strict=True) for ds in side
+            (ds, ds.language, share * ds.num_tokens / max(1, sum(each.num_tokens for each in side)))
+            for side, share in zip(sides, shares, strict=True)
+            for ds in side
         ]
         self._plan = SamplePlan(weighted, seq_length, seed)
         self._seq_length, self._given, self._target = seq_length, 0, sides[0]
-        self._most = min(
-            len(side) * min(ds.num_tokens for ds in side) / share for side, share in zip(sides, shares, strict=True)
-        )
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
-        """Tokens that can be taken until a dataset begins again, in whole samples."""
-        return int(self._most) // self._seq_length * self._seq_length
+        """Tokens, from the first on, until a dataset begins again; in whole samples."""
+        all_samples = range(1, sum(map(len, self._plan.windows)) + 1)
+        once = bisect_right(all_samples, 1.0, key=lambda count: max(self._plan.epochs(count).values()))
+        return once * self._seq_length
 
     def take(self, count: int) -> Batch:
         """The next samples of both languages, of at least `count` tokens."""

@@ -10,9 +10,12 @@ from typing import Any
 from megatron_cpt.checkpoint import convert, read_shape
 from megatron_cpt.config.comparison import TRAINED, ComparisonConfig, HelperConfig, run_with_seed
 from megatron_cpt.config.schema import TrainDataConfig
+from megatron_cpt.config.surgery import CalibrationConfig
+from megatron_cpt.errors import TooLittleText
 from megatron_cpt.pipeline.measuring import Paths, history_of
 from megatron_cpt.pipeline.run import Run, validation
 from megatron_cpt.pipeline.steps import Steps
+from megatron_cpt.surgery import SurgeryPlan
 from megatron_cpt.training.folder import CHECKPOINTS, INITIAL
 from megatron_cpt.training.job import run_job
 from megatron_cpt.training.metrics import read_metrics
@@ -108,6 +111,18 @@ class Arm(Run):
         surgery = self.steps.facts(self.steps.named("surgery")) if self.has_surgery else {}
         made = {key: value for key, value in surgery.items() if key in ("certificate", "calibration")}
         return {**self.steps.facts(self.steps.named("train")), **made}
+
+    def _calibrated(self, plan: SurgeryPlan, settings: CalibrationConfig) -> tuple[SurgeryPlan, dict[str, Any]]:
+        """As a run does, but what is taken off the arm's training has to have been read."""
+        made, facts = super()._calibrated(plan, settings)
+        missing = settings.tokens - facts.get("tokens", 0)
+        if missing >= settings.seq_length:
+            raise TooLittleText(
+                facts.get("left_out")
+                or f"calibration read {missing:,} tokens less than are taken off the training of {self.name}: give "
+                "more text, or lower prior_tokens"
+            )
+        return made, facts
 
     def _start(self) -> dict[str, Any]:
         if not self.stated.scratch:

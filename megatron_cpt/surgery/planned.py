@@ -32,6 +32,20 @@ def check_starts_from(plan: SurgeryPlan, base: Path) -> str | None:
     return recorded
 
 
+def check_one_table(plan: SurgeryPlan, base: Path) -> None:
+    """Check that a plan makes both matrices alike, as a tied model has one.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    ours, theirs = plan.embedding.tensors(), plan.head.tensors()
+    if not (ours.keys() == theirs.keys() and all(torch.equal(ours[part], theirs[part]) for part in ours)):
+        raise CheckpointError(
+            f"{base} ties its head to its embedding, yet the plan makes them by {dict(plan.embedding.method)} "
+            f"and {dict(plan.head.method)}: plan with one method for both"
+        )
+
+
 class PlannedReader:
     """The tensors of a base model with the vocabulary rows of a plan (a `ModelReader`).
 
@@ -44,7 +58,7 @@ class PlannedReader:
     """
 
     def __init__(self, reader: ModelReader, plan: SurgeryPlan) -> None:
-        check_starts_from(plan, Path(reader.folder))
+        check_starts_from(plan, reader.folder)
         if reader.vocab_size < plan.old_size:
             raise CheckpointError(
                 f"{reader.folder} has {reader.vocab_size} vocabulary rows, the plan starts from {plan.old_size}: "

@@ -225,10 +225,16 @@ def test_own_files_on_an_existing_base(run: Path, own_files: dict[str, Path], tm
     reports = {}
     for method in ("extend", "replace", "none"):
         output = tmp_path / method
-        size = ("tokenizer.vocab_size=1200", "tokenizer.source_share=0.4") if method == "replace" else ()
-        assert main(own_files_words(output, own_files, *base, *one, f"tokenizer.method={method}", *size)) == 0
+        more = {
+            "extend": ("surgery.calibration.prior_tokens=256",),
+            "replace": ("tokenizer.vocab_size=1200", "tokenizer.source_share=0.4"),
+            "none": (),
+        }[method]
+        assert main(own_files_words(output, own_files, *base, *one, f"tokenizer.method={method}", *more)) == 0
         reports[method] = report_of(output)
-    assert "probe" not in reports["none"]
+    assert "probe" not in reports["none"] and "surgery" not in reports["none"]
+    assert "expected at least 200" in reports["extend"]["surgery"]["calibration"]["left_out"]
+    assert reports["replace"]["surgery"]["calibration"]["prior"]["nats_after"] > 0
     plain = reports["none"]["bits_per_byte"]["ja"]
     assert plain["after_surgery"] == plain["base"]
     sizes = {method: report["tokenizer"]["vocab_size"] for method, report in reports.items()}

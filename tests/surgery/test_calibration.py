@@ -22,7 +22,7 @@ from megatron_cpt.data import Batch, CalibrationText, Document, IndexedDataset, 
 from megatron_cpt.errors import CheckpointError, ConfigError, DataError, InputError, TooLittleText
 from megatron_cpt.surgery import RowMaker, SurgeryPlan, apply_surgery, calibrate, plan_surgery
 from megatron_cpt.surgery.calibration import log_frequencies, piece_vectors
-from megatron_cpt.surgery.calibration.prior import directions, nothing, vector_directions
+from megatron_cpt.surgery.calibration.prior import _Logits, directions, nothing, vector_directions
 from megatron_cpt.surgery.calibration.steps import _gradient, _Matrix
 from megatron_cpt.surgery.planned import PlannedReader
 from megatron_cpt.tokenizer import VocabMap
@@ -224,7 +224,7 @@ def test_gradients_against_transformers(
         )
         table = (network.lm_head if name == "head" else network.model.embed_tokens).weight.detach().clone()
         rows = table[plan.head.new_rows]
-        feature = matrix.feature_R.double()[:, None]
+        feature = matrix.features_RF[:, :1].double() if matrix.features_RF.shape[1] else torch.zeros(1, 1)
         rows = rows * (1 + scale) + matrix.unit * offset + feature * matrix.direction_unit * direction
         tables[name] = table.index_copy(0, plan.head.new_rows, rows + (table[plan.head.new_rows] @ down) @ up)
     total, count = 0.0, int((tokens.labels_N >= 0).sum())
@@ -261,6 +261,25 @@ def test_steps_lower_the_loss(plan: SurgeryPlan, make_model: Make, datasets: tup
     assert torch.equal(again.head.adjustment.offset_D, plain.head.adjustment.offset_D)
 
 
+def test_steps_begin_with_the_rows_that_the_prior_made(
+    plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]
+) -> None:
+    """The loss of the first step is that of the plan itself; only the frequency's direction is learnt."""
+    base = open_hf(make_model(plan.old_size))
+    prior = {"prior_tokens": 2400, "seq_length": SEQ, "dimension": 8}
+    settings = CalibrationConfig(**prior, steps=1, step_tokens=240, learning_rate=1e-9)
+    made, facts = calibrate(plan, base, text_of(datasets, plan), settings)
+    text = text_of(datasets, plan)
+    for count in (2400, 240):
+        text.take(count)
+    assert facts["steps"]["nats_first"] == pytest.approx(nats(made, base.folder, text.take(240)), abs=1e-4)
+    moved, _ = calibrate(plan, base, text_of(datasets, plan), settings.model_copy(update={"learning_rate": 0.3}))
+    assert moved.embedding.adjustment is not None and made.embedding.adjustment is not None
+    assert torch.equal(moved.embedding.adjustment.directions_FD, made.embedding.adjustment.directions_FD)
+    assert made.row(int(plan.head.new_rows[0]))["embedding"]["then"] == "calibrated"
+    assert "then" not in made.row(5)["head"]
+
+
 def test_the_command(
     plan: SurgeryPlan,
     make_model: Make,
@@ -293,25 +312,55 @@ def test_the_command(
 def test_text_of_one_language_is_not_enough(plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]) -> None:
     base = make_model(plan.old_size)
     text = text_of(datasets, plan, 0.999)
-    with pytest.raises(TooLittleText, match=r"half of the \d+ tokens .* holds \d+ new pieces, expected at least 200"):
+    with pytest.raises(TooLittleText, match=r"of the \d+ labels .* to, 0 are new pieces, expected at least 200"):
         calibrate(plan, open_hf(base), text, CalibrationConfig(prior_tokens=2400, seq_length=SEQ))
     with pytest.raises(DataError):
         CalibrationText([datasets[0]], [datasets[1]], "0" * 64, SEQ, 0.5, 1)
     with pytest.raises(ConfigError, match="source_share is 1"):
         parse_calibration({"source_share": 1})
-    with pytest.raises(ConfigError, match="calibration: expected prior_tokens or steps above 0"):
+    with pytest.raises(ConfigError, match="calibration: got .*, expected prior_tokens or steps above 0"):
         parse_calibration({"prior_tokens": 0})
-    with pytest.raises(ConfigError, match="dimension is 2000"):
+    with pytest.raises(ConfigError, match="calibration: got 'x', expected settings"):
+        parse_calibration("x")
+    with pytest.raises(ConfigError, match="dimension is 2000; Input should be less than or equal to 1024"):
         parse_calibration({"dimension": 2000})
 
 
-def test_each_text_is_read_once_at_most(plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path]) -> None:
-    text = text_of(datasets, plan)
-    fewest = min(IndexedDataset(prefix).num_tokens for prefix in datasets)
-    assert 0 <= 2 * fewest - text.num_tokens < SEQ
+def test_each_text_is_read_once_at_most(
+    plan: SurgeryPlan, make_model: Make, new_tokenizer: Path, datasets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Also where a small dataset stands beside a large one, which does not end the reading of that."""
+    draw = np.random.default_rng(5)
+    texts = [Document("".join(draw.choice(JAPANESE, 12)), "ja", "test") for _ in range(9)]
+    build_dataset(texts, new_tokenizer, tmp_path / "small", "ja")
+    for targets in ([datasets[1]], [datasets[1], tmp_path / "small"]):
+        text = CalibrationText([datasets[0]], targets, plan.new_sha256, SEQ, 0.5, 1)
+        once = text.num_tokens
+        samples = text.take(once).tokens_N.reshape(-1, SEQ)
+        assert len(np.unique(samples, axis=0)) == len(samples)
+        more = np.concatenate([samples, text.take(8 * SEQ).tokens_N.reshape(-1, SEQ)])
+        assert len(np.unique(more, axis=0)) < len(more)
+        assert once > 1.6 * IndexedDataset(datasets[1]).num_tokens
     settings = CalibrationConfig(prior_tokens=1 << 20, seq_length=SEQ, dimension=0)
+    text = text_of(datasets, plan)
     _, facts = calibrate(plan, open_hf(make_model(plan.old_size)), text, settings)
     assert facts["tokens"] == text.num_tokens
+    build_dataset(texts[:1], new_tokenizer, tmp_path / "tiny", "ja")
+    short = CalibrationText([datasets[0]], [tmp_path / "tiny"], plan.new_sha256, 512, 0.5, 1)
+    with pytest.raises(TooLittleText):
+        calibrate(plan, open_hf(make_model(plan.old_size)), short, settings)
+
+
+def test_rows_that_no_numbers_make_better_stay(
+    plan: SurgeryPlan, make_model: Make, datasets: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both matrices; and a fit that ends in NaN is none."""
+    settings = CalibrationConfig(prior_tokens=2400, seq_length=SEQ, dimension=8)
+    for loss in (1e9, float("nan")):
+        monkeypatch.setattr(_Logits, "_from", lambda self, start, loss=loss: (loss, (2.0, 1.0, 1.0, 1.0)))
+        made, facts = calibrate(plan, open_hf(make_model(plan.old_size)), text_of(datasets, plan), settings)
+        assert made.embedding.adjustment is None and made.head.adjustment is None
+        assert facts["prior"]["nats_after"] == facts["prior"]["nats_before"]
 
 
 def test_the_base_has_to_be_the_one_of_the_plan(

@@ -19,7 +19,7 @@ from megatron_cpt.surgery.apply.finish import finish
 from megatron_cpt.surgery.apply.record import examine, write_lost
 from megatron_cpt.surgery.matrix import MatrixPlan, RowMaker
 from megatron_cpt.surgery.plan import SurgeryPlan
-from megatron_cpt.surgery.planned import check_starts_from
+from megatron_cpt.surgery.planned import check_one_table, check_starts_from
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
 # More unused rows than any padding leaves (a multiple of 128 for 8 tensor-parallel ranks) look like another vocabulary.
@@ -73,7 +73,8 @@ def apply_surgery(
     old = open_tables(source, with_optimizer)
     tokenizer = _new_tokenizer(plan, tokenizer_folder)
     padding = _check_fits(plan, old)
-    _check_tied(plan, old)
+    if old.tied:
+        check_one_table(plan, old.folder)
     padded = _padded(plan, old, divisor)
     plans = {table.name: _plan_of(plan, old, table) for table in old.tables}
     lost, tables = examine(old, plans)
@@ -109,16 +110,6 @@ def _rows(matrix: MatrixPlan, old: Tensor) -> Rows:
 def _plan_of(plan: SurgeryPlan, old: VocabTables, table: Table) -> MatrixPlan:
     matrix = plan.matrix("embedding" if old.tied else table.matrix)
     return matrix.kept_only() if table.is_moment else matrix
-
-
-def _check_tied(plan: SurgeryPlan, old: VocabTables) -> None:
-    ours, theirs = plan.embedding.tensors(), plan.head.tensors()
-    same = ours.keys() == theirs.keys() and all(torch.equal(ours[part], theirs[part]) for part in ours)
-    if old.tied and not same:
-        raise CheckpointError(
-            f"{old.folder} ties its head to its embedding, yet the plan makes them by {dict(plan.embedding.method)} "
-            f"and {dict(plan.head.method)}: plan with one method for both"
-        )
 
 
 def _padded(plan: SurgeryPlan, old: VocabTables, divisor: int | None) -> int:

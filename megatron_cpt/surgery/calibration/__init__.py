@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,13 +23,13 @@ from megatron_cpt.checkpoint import LlamaForward
 from megatron_cpt.checkpoint.llama import EMBEDDING
 from megatron_cpt.checkpoint.reader import ModelReader
 from megatron_cpt.config.surgery import CalibrationConfig
-from megatron_cpt.errors import DataError, InputError
+from megatron_cpt.errors import InputError, TooLittleText
 from megatron_cpt.surgery.calibration.prior import fit_prior, nothing, with_vectors
 from megatron_cpt.surgery.calibration.steps import Calibrated, learn
 from megatron_cpt.surgery.matrix import Adjustment, MatrixPlan
 from megatron_cpt.surgery.methods.static_vectors import vectors_of_ids
 from megatron_cpt.surgery.plan import SurgeryPlan
-from megatron_cpt.surgery.planned import PlannedReader
+from megatron_cpt.surgery.planned import PlannedReader, check_one_table
 
 __all__ = ["Text", "Tokens", "calibrate"]
 
@@ -57,7 +58,7 @@ class Text(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that can be taken until a language's text begins again."""
+        """Tokens, from the first on, until a text begins again."""
 
     def take(self, count: int) -> Tokens:
         """The next tokens of both languages, at least `count`."""
@@ -96,7 +97,7 @@ def calibrate(
 
     Raises:
         TooLittleText: the text tells too little of new pieces, or of others.
-        DataError: the plan has no new rows.
+        InputError: the plan has no new rows, or makes kept ones anew.
         CheckpointError: the base is not the one that the plan is for.
     """
     if not all(matrix.method.get("copy_kept", True) for matrix in (plan.embedding, plan.head)):
@@ -104,10 +105,12 @@ def calibrate(
             "the plan makes the rows of kept pieces anew (copy_kept: false), calibration is of new pieces alone: plan "
             "again with kept rows, or leave calibration out"
         )
-    plan = replace(plan, embedding=replace(plan.embedding, adjustment=None), head=replace(plan.head, adjustment=None))
     if not len(plan.head.new_rows):
-        raise DataError("the plan has no new rows: there is nothing to calibrate")
-    forward = LlamaForward(PlannedReader(base, plan), cache=True, device=device)
+        raise InputError("the plan has no new rows: there is nothing to calibrate")
+    plan = replace(plan, embedding=replace(plan.embedding, adjustment=None), head=replace(plan.head, adjustment=None))
+    width, tied = base.llama.hidden_size, base.llama.tied_embeddings
+    if tied:
+        check_one_table(plan, base.folder)
     prior_tokens = min(settings.prior_tokens, text.num_tokens)
     total = prior_tokens + settings.steps * settings.step_tokens
     done = 0
@@ -120,24 +123,39 @@ def calibrate(
             on_progress(min(done, total), total)
         return tokens
 
-    width, tied = base.llama.hidden_size, base.llama.tied_embeddings
     start = Calibrated(nothing(plan.embedding, width), nothing(plan.head, width))
     facts: dict[str, Any] = {}
     if settings.prior_tokens:
-        vectors = piece_vectors(plan, text, settings)
-        if vectors.shape[1] and not tied:
-            length = _mean_length(base, plan.old_size)
-            start = replace(start, embedding=with_vectors(plan.embedding, vectors, length, width, settings.seed))
-            forward = LlamaForward(PlannedReader(base, _with(plan, start)), cache=True, device=device)
-        features = torch.cat([log_frequencies(plan.head, text.counts())[:, None], vectors], dim=1)
-        tokens = next_tokens(prior_tokens)
-        head, facts["prior"] = fit_prior(forward, plan.head, features, *_hidden(forward, tokens))
-        start = replace(start, head=head)
+        if not prior_tokens:
+            raise TooLittleText("a text is too short for its share of one sample: give more text of both languages")
+        start, facts["prior"] = _prior(plan, base, text, start, partial(next_tokens, prior_tokens), settings, device)
     if settings.steps:
+        forward = LlamaForward(PlannedReader(base, plan), cache=True, device=device)
         start, facts["steps"] = learn(forward, plan, start, next_tokens, settings)
     if tied:  # the one table is made as the head asks; of tensors of their own, as a file wants them
         start = replace(start, embedding=deepcopy(start.head))
     return _with(plan, start), {"tokens": done, **facts}
+
+
+def _prior(
+    plan: SurgeryPlan,
+    base: ModelReader,
+    text: Text,
+    start: Calibrated,
+    take: Callable[[], Tokens],
+    settings: CalibrationConfig,
+    device: torch.device | None,
+) -> tuple[Calibrated, dict[str, Any]]:
+    """What frequencies and vectors say, and the facts of it; `start` where it makes nothing better."""
+    vectors = piece_vectors(plan, text, settings)
+    told = start
+    if vectors.shape[1] and not base.llama.tied_embeddings:
+        width, length = base.llama.hidden_size, _mean_length(base, plan.old_size)
+        told = replace(start, embedding=with_vectors(plan.embedding, vectors, length, width, settings.seed))
+    features = torch.cat([log_frequencies(plan.head, text.counts())[:, None], vectors], dim=1)
+    forward = LlamaForward(PlannedReader(base, _with(plan, told)), cache=True, device=device)
+    head, facts = fit_prior(forward, plan.head, features, *_hidden(forward, take()))
+    return (start if head is None else replace(told, head=head)), facts
 
 
 def piece_vectors(plan: SurgeryPlan, text: Text, settings: CalibrationConfig) -> Tensor:

@@ -1,8 +1,8 @@
 """The prior: what text says of new pieces, before anything is learnt of them.
 
 Of each piece v it says how frequent it is, p(v), and what stands around it, the vector x(v) (pieces of like
-surroundings have like vectors; their mean is 0). In the embedding the vector is added to the row through a random
-rotation P, at half the length of an old row:
+surroundings have like vectors; their mean is 0). In the embedding of an untied model the vector is added to the row
+through a random rotation P, at half the length of an old row:
 
     row(v) <- row(v) + x(v) @ P
 
@@ -34,7 +34,7 @@ _RIDGE = 0.1  # of the mean square of a hidden state's elements
 _FITTED_ELEMENTS = 1 << 22  # logits of new rows held while the four numbers are fitted,
 _FITTED_POSITIONS = 512  # but of this many positions at least
 _ROUNDS = 30
-_LEAST_LABELS = 200  # of each kind in each half of the text: four numbers, and two directions held by a ridge
+_LEAST_LABELS, _LEAST_FITTED = 200, 50  # labels of each kind that the directions, and that the numbers are fitted to
 _RIDGE_HIDDEN, _RIDGE_LEFT = 0.3, 0.1  # of the mean variance of hidden states, and of what they leave of the vectors
 _OLD_WEIGHT = 16.0  # in the fit of the numbers, of a position before an old piece: what the base can do comes first
 _VECTOR_LENGTH = 0.5  # in the embedding, of the mean length of an old row
@@ -70,7 +70,7 @@ def with_vectors(plan: MatrixPlan, vectors_NE: Tensor, old_length: float, width:
 
 def fit_prior(
     forward: LlamaForward, plan: MatrixPlan, features_NF: Tensor, hidden_ND: Tensor, label_N: Tensor
-) -> tuple[Adjustment, dict[str, Any]]:
+) -> tuple[Adjustment | None, dict[str, Any]]:
     """Fit the prior of the new rows of a head: directions to the first half of the text, numbers to the second.
 
     Args:
@@ -81,25 +81,29 @@ def fit_prior(
         label_N: the id that follows each.
 
     Returns:
-        The adjustment, and facts: the numbers, and what they were fitted by, the mean loss of the second half before
-        and after, in nats, old pieces counted sixteen times.
+        The adjustment, or None where none lowers the loss; and facts: the numbers, and what they were fitted by, the
+        mean loss of the second half before and after, in nats, old pieces counted sixteen times.
 
     Raises:
         TooLittleText: a half of the text has few labels that are new pieces, or few that are not.
     """
     half = len(label_N) // 2
     is_new_N = torch.isin(label_N, plan.new_rows.to(label_N.device))
-    _check_enough(is_new_N[:half], is_new_N[half:])
     later = hidden_ND[half:], label_N[half:]
+    chosen = _sample(later[1], max(_FITTED_POSITIONS, _FITTED_ELEMENTS // len(plan.new_rows)))
+    _check_enough(is_new_N[:half], _LEAST_LABELS, "directions are fitted to")
+    _check_enough(is_new_N[half:][chosen], _LEAST_FITTED, "numbers are fitted to")
     hidden_ND, label_N, is_new_N = hidden_ND[:half], label_N[:half], is_new_N[:half]
     target_D, source_D = directions(hidden_ND, is_new_N)
     vectors_ED = vector_directions(
         hidden_ND[is_new_N], features_NF.to(hidden_ND.device)[_places(plan, label_N[is_new_N]), 1:], target_D
     )
-    chosen = _sample(later[1], max(_FITTED_POSITIONS, _FITTED_ELEMENTS // len(plan.new_rows)))
     shapes = target_D, source_D, vectors_ED
     logits = _Logits(forward, plan, features_NF, later[0][chosen], later[1][chosen], shapes)
     numbers, before, after = logits.fit()
+    facts = {"new_labels": float(is_new_N.double().mean()), "nats_before": before, "nats_after": after}
+    if numbers is None:
+        return None, facts
     keep, centre, margin, vector_share = numbers
     adjustment = replace(
         nothing(plan, hidden_ND.shape[1]),
@@ -108,23 +112,18 @@ def fit_prior(
         features_NF=features_NF,
         directions_FD=torch.cat([target_D[None], vector_share * vectors_ED]).float().cpu(),
     )
-    facts = {"keep": keep, "centre": centre, "margin": margin, "share": vector_share}
-    facts["new_labels"] = float(is_new_N.double().mean())
-    return adjustment, {**facts, "nats_before": before, "nats_after": after}
+    return adjustment, {"keep": keep, "centre": centre, "margin": margin, "share": vector_share, **facts}
 
 
-def _check_enough(*halves: Tensor) -> None:
-    """Check that each half of a text, given by whether its labels are new pieces, has enough of both kinds."""
-    fewest = {
-        "new pieces": min(int(is_new_N.sum()) for is_new_N in halves),
-        "old ones": min(int((~is_new_N).sum()) for is_new_N in halves),
-    }
-    for kind, count in fewest.items():
-        if count < _LEAST_LABELS:
+def _check_enough(is_new_N: Tensor, least: int, purpose: str) -> None:
+    """Check that a part of the text, given by whether its labels are new pieces, has enough of both kinds."""
+    num_new = int(is_new_N.sum())
+    for kind, count in (("new pieces", num_new), ("old ones", len(is_new_N) - num_new)):
+        if count < least:
             raise TooLittleText(
-                f"half of the {sum(map(len, halves))} tokens read for calibration holds {count} {kind}, expected at "
-                f"least {_LEAST_LABELS}: give more text of both languages, read more of it (prior_tokens), or leave "
-                "calibration out"
+                f"of the {len(is_new_N)} labels that {purpose}, {count} are {kind}, expected at least {least}: give "
+                "more text of both languages, read more of it (prior_tokens), or leave calibration out (in a recipe: "
+                "surgery.calibration=null)"
             )
 
 
@@ -215,14 +214,16 @@ class _Logits:
         nats_N = total_N - torch.where(self.is_new_N, chosen_N, self.label_N)
         return (self.weight_N * nats_N).sum() / self.weight_N.sum()
 
-    def fit(self) -> tuple[tuple[float, float, float, float], float, float]:
-        """The four numbers of the least loss, the loss of the rows as they are, and the least."""
+    def fit(self) -> tuple[tuple[float, float, float, float] | None, float, float]:
+        """The four numbers of the least loss, the loss of the rows as they are, and the least; None: as they are."""
         total_N = torch.logaddexp(self.kept_N, self.row_NR.logsumexp(dim=1))
         before = float((self.weight_N * (total_N - self.label_N)).sum() / self.weight_N.sum())
-        # Two starts, rows that are the prior alone and rows that have it too; where neither helps, rows as they are.
+        # Two starts: rows that are the prior alone, and rows that have it too.
         tries = [self._from(torch.tensor([keep, 8.0, 8.0, 0.3])) for keep in (0.0, 1.0)]
-        tries.append((before, (1.0, 0.0, 0.0, 0.0)))
-        after, numbers = min(tries, key=lambda found: found[0])
+        better = [found for found in tries if found[0] < before]  # which no NaN is
+        if not better:
+            return None, before, before
+        after, numbers = min(better)
         return numbers, before, after
 
     def _from(self, start: Tensor) -> tuple[float, tuple[float, float, float, float]]:

@@ -52,7 +52,11 @@ def learn(
     size = _hidden_size(forward, take(settings.step_tokens))
     name = EMBEDDING if tied else HEAD
     head = _Matrix(forward, plan.head, name, start.head, settings.rank, settings.seed, size)
-    embedding = head if tied else _Matrix(forward, plan.embedding, EMBEDDING, start.embedding, 0, settings.seed, size)
+    embedding = (
+        head
+        if tied
+        else _Matrix(forward, plan.embedding, EMBEDDING, start.embedding, 0, settings.seed, size, has_direction=False)
+    )
     groups = [*head.groups(settings.learning_rate), *([] if tied else embedding.groups(settings.learning_rate))]
     optimizer = torch.optim.Adam(groups, betas=_BETAS)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -87,6 +91,7 @@ class _Matrix:
     rank: int
     seed: int
     hidden_size_1: float  # mean sum of the absolute values of a hidden state
+    has_direction: bool = True  # one of the first feature, which is learnt: the frequency's, in a head
     new_rows: Tensor = field(init=False)
     base_RD: Tensor = field(init=False)
 
@@ -98,10 +103,8 @@ class _Matrix:
         if self.name == HEAD:
             self.unit = 1.0 / self.hidden_size_1
         self.features_RF = self.start.features_NF.to(device)
-        # Of the features the first has a direction that is learnt: the frequency, where there is a prior.
-        self.feature_R = self.features_RF[:, 0] if self.features_RF.shape[1] else torch.zeros_like(self.base_RD[:, 0])
-        spread = float(self.feature_R.square().mean().sqrt())
-        self.direction_unit = self.unit / spread if spread else 0.0
+        spread = float(self.features_RF[:, 0].square().mean().sqrt()) if self.features_RF.shape[1] else 0.0
+        self.direction_unit = self.unit / spread if spread and self.has_direction else 0.0
         generator = torch.Generator().manual_seed(self.seed)
         up = torch.randn(self.rank, width, generator=generator) * _UP_STD
         self.scale = torch.tensor(self.start.scale, device=device, requires_grad=True)
