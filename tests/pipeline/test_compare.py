@@ -33,7 +33,7 @@ LEARN: dict[str, Any] = {
 }
 CLP = {"method": "clp", "helper": "trained"}
 NORMAL = {"embedding": "normal", "head": "normal"}
-CALIBRATION = {"prior_tokens": 130, "steps": 1, "step_tokens": 128, "seq_length": 64}
+CALIBRATION = {"prior_tokens": 0, "steps": 2, "step_tokens": 128, "seq_length": 64}
 ARMS: dict[str, Any] = {
     "scratch": {"scratch": True},
     "normal": {"surgery": NORMAL},
@@ -92,7 +92,7 @@ def report_of(output: Path) -> dict[str, Any]:
 def test_plan_of_the_arms(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(document, "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
-    # 130 tokens are three samples, the step and its size two more each: 448 of the 512 tokens of a training step.
+    # Two steps and their size read two samples each: 384 of the 512 tokens of a training step.
     assert {name: (arm["steps_of_calibration"], arm["train_steps"]) for name, arm in plan["arms"].items()} == {
         "scratch": (0, 4),
         "normal": (0, 4),
@@ -112,7 +112,7 @@ def test_curves(done: Path, document: dict[str, Any]) -> None:
         start = arms["plain"]["curves"][language]["1"][0][1]
         assert start == pytest.approx(report["base"][language]["mean"], abs=1e-5)
     record = json.loads((done / "seed1" / "steps" / "clp.surgery.json").read_text())["facts"]
-    assert record["calibration"]["tokens"] == 448
+    assert record["calibration"]["tokens"] == 384
     after = record["certificate"]["bits_per_byte"]
     for language in ("en", "ja"):
         assert arms["clp"]["curves"][language]["1"][0][1] == pytest.approx(after[language]["after"], abs=1e-5)
@@ -131,10 +131,16 @@ def test_it_grows_and_what_fails_stops_nothing_else(
     metrics = done / "seed1" / "arms" / "normal" / "train" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     other = {"method": "clp", "helper": document["base"]["path"]}  # a model of another vocabulary
-    arms = {"broken": {"surgery": {"embedding": other, "head": other}}, "normal": ARMS["normal"]}
+    starved = {"calibration": {"prior_tokens": 130, "seq_length": 64}}  # told too little to be calibrated
+    arms = {
+        "broken": {"surgery": {"embedding": other, "head": other}},
+        "starved": {"surgery": starved},
+        "normal": ARMS["normal"],
+    }
     assert compare(document, num_seeds=2, control="normal", arms=arms) == 1
     out, error = capsys.readouterr()
-    assert "2 of 4 trainings have failed" in error and "seed 2, broken: " in error
+    assert "4 of 6 trainings have failed" in error and "seed 2, broken: " in error
+    assert "seed 1, starved: of the" in error and "expected at least 200" in error
     assert out.count("normal: continue pre-training on ja with 25% en: done before") == 1
     assert metrics.stat().st_mtime_ns == before
     report = report_of(done)
@@ -142,7 +148,9 @@ def test_it_grows_and_what_fails_stops_nothing_else(
     assert report["arms"]["normal"]["bits_per_byte"]["ja"]["4"]["low"] is not None
     assert report["arms"]["broken"]["curves"]["ja"] == {} and list(report["failed"]) == [
         "seed 1, broken",
+        "seed 1, starved",
         "seed 2, broken",
+        "seed 2, starved",
     ]
     plans = [SurgeryPlan.load(done / f"seed{seed}" / "arms" / "normal" / "surgery" / "plan") for seed in (1, 2)]
     assert [plan.head.method["seed"] for plan in plans] == [1, 2]
