@@ -100,17 +100,9 @@ def calibrate(
         InputError: the plan has no new rows, or makes kept ones anew.
         CheckpointError: the base is not the one that the plan is for.
     """
-    if not all(matrix.method.get("copy_kept", True) for matrix in (plan.embedding, plan.head)):
-        raise InputError(
-            "the plan makes the rows of kept pieces anew (copy_kept: false), calibration is of new pieces alone: plan "
-            "again with kept rows, or leave calibration out"
-        )
-    if not len(plan.head.new_rows):
-        raise InputError("the plan has no new rows: there is nothing to calibrate")
     plan = replace(plan, embedding=replace(plan.embedding, adjustment=None), head=replace(plan.head, adjustment=None))
     width, tied = base.llama.hidden_size, base.llama.tied_embeddings
-    if tied:
-        check_one_table(plan, base.folder)
+    _check_fits(plan, base)
     prior_tokens = min(settings.prior_tokens, text.num_tokens)
     total = prior_tokens + settings.steps * settings.step_tokens
     done = 0
@@ -135,6 +127,19 @@ def calibrate(
     if tied:  # the one table is made as the head asks; of tensors of their own, as a file wants them
         start = replace(start, embedding=deepcopy(start.head))
     return _with(plan, start), {"tokens": done, **facts}
+
+
+def _check_fits(plan: SurgeryPlan, base: ModelReader) -> None:
+    """Check that a plan has new rows and no others, and makes one table where the base has one."""
+    if not all(matrix.method.get("copy_kept", True) for matrix in (plan.embedding, plan.head)):
+        raise InputError(
+            "the plan makes the rows of kept pieces anew (copy_kept: false), calibration is of new pieces alone: plan "
+            "again with kept rows, or leave calibration out"
+        )
+    if not len(plan.head.new_rows):
+        raise InputError("the plan has no new rows: there is nothing to calibrate")
+    if base.llama.tied_embeddings:
+        check_one_table(plan, base.folder)
 
 
 def _prior(
