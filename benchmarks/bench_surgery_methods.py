@@ -104,7 +104,9 @@ def weights(options: argparse.Namespace) -> tuple[MatrixPlan, int]:
     old, new = load_tokenizer(options.old_tokenizer), load_tokenizer(options.new_tokenizer)
     vocab_map = map_vocabularies(old, new)
     inputs = Inputs(old, new, lambda files, side: (document.text for document in read_documents(options.text)))
-    return make_matrix(parse_method(options.arm), vocab_map, 0, inputs), vocab_map.counts()["kept"]
+    # The texts are of both languages already, so each is read once.
+    method = {"method": options.arm} | ({"target_only": True} if options.arm == "focus" else {})
+    return make_matrix(parse_method(method), vocab_map, 0, inputs), vocab_map.counts()["kept"]
 
 
 def synthetic_map(shared: int, new: int) -> VocabMap:
