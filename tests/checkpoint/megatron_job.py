@@ -14,46 +14,6 @@ from typing import Any
 from megatron_cpt.runtime.engine import install_engine
 
 
-def build(shape: dict[str, Any], padded_vocab_size: int) -> Any:
-    import torch
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
-
-    config = TransformerConfig(
-        num_layers=shape["num_layers"],
-        hidden_size=shape["hidden_size"],
-        ffn_hidden_size=shape["ffn_hidden_size"],
-        num_attention_heads=shape["num_attention_heads"],
-        num_query_groups=shape["num_query_groups"],
-        kv_channels=shape["head_dim"],
-        layernorm_epsilon=shape["norm_epsilon"],
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-    )
-    scaling = shape["rope_scaling"]
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=padded_vocab_size,
-        max_sequence_length=shape["max_position_embeddings"],
-        position_embedding_type="rope",
-        rotary_base=shape["rope_theta"],
-        rope_scaling=scaling is not None,
-        rope_scaling_factor=scaling["factor"] if scaling else 8.0,
-        share_embeddings_and_output_weights=shape["tied_embeddings"],
-    ).eval()
-
-
 def run_case(folder: Path, case: dict[str, Any]) -> None:
     import torch
     from megatron.core import dist_checkpointing
@@ -61,8 +21,10 @@ def run_case(folder: Path, case: dict[str, Any]) -> None:
 
     from megatron_cpt.checkpoint import write_checkpoint_manifest
     from megatron_cpt.config.schema import LlamaShape
+    from tests.checkpoint.megatron_rank import build
+    from tests.checkpoint.megatron_slices import Layout
 
-    model = build(case["shape"], case["padded_vocab_size"])
+    (model,) = build(LlamaShape(**case["shape"]), case["padded_vocab_size"], Layout())
     loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "torch_dist"))
     model.load_state_dict(loaded["model"], strict=True)
     tokens = torch.load(folder / "tokens.pt")

@@ -2,6 +2,7 @@
 
 `python -m tests.training.many_jobs NUM_PROCESSES CONFIG.json...`: what `training.worker` does, for each file, in
 ranks that are forked from one process that has imported everything. What a job fails with goes to CONFIG.error.
+Every rank leaves the weights that it held at the last save in CONFIG.rank_R.pt, in its own names and cuts.
 In a job named `slow-...` a validation, and the wait for the first batch, take an hour each by the clock that it is
 measured with.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+import torch
 
 from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.errors import CptError
@@ -56,6 +59,31 @@ def slow_surroundings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def weights_kept(path: Path) -> Iterator[None]:
+    """Whenever the job saves, what this rank holds goes to `path`, past every code that saves and loads."""
+    from megatron_cpt.runtime.engine import parallel_state
+    from megatron_cpt.training import loop
+
+    save = loop.save_checkpoint
+
+    def keep(model: Sequence[Any], *arguments: Any) -> Path:
+        state = parallel_state()
+        held = {
+            "tensor_rank": state.get_tensor_model_parallel_rank(),
+            "pipeline_rank": state.get_pipeline_model_parallel_rank(),
+            "data_rank": state.get_data_parallel_rank(),
+            "chunks": [
+                {name: weight.detach().clone() for name, weight in chunk.module.named_parameters()} for chunk in model
+            ],
+        }
+        torch.save(held, path)
+        return save(model, *arguments)
+
+    with mock.patch.object(loop, "save_checkpoint", keep):
+        yield
+
+
 def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) -> None:
     from megatron_cpt.training.loop import train
 
@@ -64,8 +92,12 @@ def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) 
         os.environ["MASTER_PORT"] = str(port)
         config = TrainConfig.model_validate_json(Path(path).read_bytes())
         prepare(config, num_processes, rank)
+        slow = Path(path).stem.startswith("slow-")
         try:
-            with slow_surroundings() if Path(path).stem.startswith("slow-") else nullcontext():
+            with (
+                slow_surroundings() if slow else nullcontext(),
+                weights_kept(Path(path).with_suffix(f".rank_{rank}.pt")),
+            ):
                 train(config)
         except CptError as caught:  # on every rank alike
             Path(path).with_suffix(".error").write_text(f"{type(caught).__name__}: {caught}")
@@ -75,7 +107,7 @@ def main(num_processes: int, paths: list[str]) -> None:
     die_with_launcher()
     install_engine(current_device().type)
     # Before the fork; the first optimizer imports torch's compiler.
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
 
     import megatron_cpt.training.loop  # noqa: F401
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.training.conftest import STEPS, Tiny
+from megatron_cpt.checkpoint import convert, verify
+from megatron_cpt.training.folder import last_checkpoint
+from tests.checkpoint.megatron_slices import Layout, rank_slices
+from tests.training.conftest import SHAPE, STEPS, Tiny
 
 TWO_PROCESSES: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},
@@ -62,6 +68,34 @@ def test_layout_equals_one_process(
     assert loss <= 2e-6
     assert bits <= 2e-6
     assert norm <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "processes"),
+    [
+        ("TP2-PP2-SP-recompute", Layout(2, 2), 4),
+        ("PP2-VPP2-overlap", Layout(1, 2, 2), 2),
+        ("DP2-overlap", Layout(), 2),  # the optimizer's state lies in halves on the two ranks
+    ],
+)
+def test_an_export_is_what_the_ranks_held(
+    name: str, layout: Layout, processes: int, runs: dict[str, list[dict[str, Any]]], tiny: Tiny, tmp_path: Path
+) -> None:
+    """Every weight of every rank is found in the exported model, bit for bit, where Megatron's layout says."""
+    checkpoint = last_checkpoint(tiny.root / name)
+    convert(checkpoint, tmp_path / "hf", "hf", tokenizer=tiny.tokenizer)
+    verify(checkpoint, tmp_path / "hf")
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    started = load_file(tiny.hf / "model.safetensors")
+    assert all(not torch.equal(exported[each], weight) for each, weight in started.items())  # all was trained
+    for rank in range(processes):
+        held = torch.load(tiny.root / f"{name}.rank_{rank}.pt")
+        place = held["tensor_rank"] + layout.tensor * held["pipeline_rank"]
+        wanted = rank_slices(exported, SHAPE, 256, layout, place)
+        assert len(held["chunks"]) == len(wanted)
+        for chunk, slices in zip(held["chunks"], wanted, strict=True):
+            assert chunk.keys() == slices.keys()
+            assert all(torch.equal(chunk[each], slice) for each, slice in slices.items())
 
 
 def test_reference_learns(reference: list[dict[str, Any]]) -> None:

@@ -1,0 +1,215 @@
+"""megatron-core itself loads what we write in every layout: each rank its slices, and the layout transformers' logits.
+
+Two proofs share one job. Each rank of every layout is pretended in one process, where megatron-core loads that
+rank's part; it has to be the slices of the Hugging Face tensors, bit for bit. And small layouts run for real, in
+processes that talk to each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_cpt.checkpoint import convert, read_shape
+from megatron_cpt.checkpoint.convert import Format
+from megatron_cpt.config.manifest import read_json
+from megatron_cpt.config.padding import padded_vocab_size
+from megatron_cpt.errors import CheckpointError
+from tests.checkpoint.llama_kinds import KINDS, VOCAB_SIZE, random_tokens, relative_error, transformers_logits
+from tests.checkpoint.megatron_slices import Layout, rank_slices
+
+ROOT = Path(__file__).resolve().parents[2]
+STORED = [kind for kind in ("torch_dist", "mp_rank") if kind in get_args(Format)]
+LAYOUTS = [Layout(tensor, pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2, 4)]
+LAYOUTS += [Layout(tensor, pipeline, 2) for tensor in (1, 2, 4) for pipeline in (2, 4)]
+REAL = [Layout(), Layout(2, 1), Layout(1, 2), Layout(1, 2, 2), Layout(2, 2)]
+LENGTH = 400
+LONG_REAL = {name: [Layout()] for name in KINDS} | {"llama-3.1": [Layout(), Layout(2, 2)]}
+LONG = 8192 + 200  # beyond the length from which the scaled models were extended
+TOLERANCE = 1e-5
+VOCABULARIES = (250, 43_176, 43_177, 65_537)
+TENSOR_SIZES = (1, 2, 4, 8)
+NARROW = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 16, "head_dim": 2, "num_query_groups": 8}
+POISON = 7.0
+
+
+def stored(hf: Path, folder: Path, kind: str, layout: Layout) -> tuple[Path, int]:
+    """Convert unless it was; the folder and its padded vocabulary size. A torch_dist folder serves every layout."""
+    arguments: dict[str, Any] = {}
+    folder = folder / kind
+    if kind == "mp_rank":
+        folder /= layout.name
+        arguments = {"tp": layout.tensor, "pp": layout.pipeline, "vpp": layout.virtual, "spec": "local"}
+    if not folder.exists():
+        convert(hf, folder, kind, **arguments)
+    return folder, read_json(folder / "manifest.json", CheckpointError)["padded_vocab_size"]
+
+
+class Job:
+    """The cases of the one job, and what it found."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cases = folder, []
+
+    def add(
+        self, hf: Path, kind: str, layout: Layout, name: str, tokens: Path | None = None, padded: int | None = None
+    ) -> None:
+        folder, padded_size = stored(hf, hf.parent, kind, layout)
+        self.cases.append(
+            {
+                "folder": str(folder),
+                "kind": kind,
+                "shape": read_shape(hf)[0].model_dump(),
+                "padded_vocab_size": padded or padded_size,
+                "layout": [layout.tensor, layout.pipeline, layout.virtual],
+                "tokens": str(tokens) if tokens else None,
+                "output": str(self.folder / f"{kind}-{layout.name}-{name}.pt"),
+            }
+        )
+
+    def run(self) -> None:
+        (self.folder / "cases.json").write_text(json.dumps(self.cases))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.checkpoint.layouts_job", str(self.folder)]
+        subprocess.run(command, env=environment, check=True, timeout=300)
+
+    def output(self, kind: str, layout: Layout, name: str) -> Any:
+        return torch.load(self.folder / f"{kind}-{layout.name}-{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, make_model) -> Job:
+    folder = tmp_path_factory.mktemp("layouts")
+    job = Job(folder)
+    short, long = folder / "short.pt", folder / "long.pt"
+    torch.save(random_tokens(2, LENGTH), short)
+    torch.save(random_tokens(1, LONG), long)
+    for name, changes in KINDS.items():
+        hf = make_model(folder / name / "hf", VOCAB_SIZE, **changes)
+        shallow = make_model(folder / f"{name}-shallow" / "hf", VOCAB_SIZE, **{**changes, "num_layers": 2})
+        for kind in STORED:
+            for layout in LAYOUTS:
+                job.add(hf, kind, layout, name)
+            for layout in REAL:
+                job.add(hf, kind, layout, f"{name}-short", short)
+        for layout in LONG_REAL[name]:
+            job.add(shallow, "torch_dist", layout, f"{name}-long", long)
+    for vocab_size in VOCABULARIES:
+        hf = make_model(folder / str(vocab_size) / "hf", vocab_size, **NARROW)
+        for kind in STORED:
+            for tensor in TENSOR_SIZES:
+                job.add(hf, kind, Layout(tensor), f"{vocab_size}")
+        for tensor in TENSOR_SIZES:  # padded as Megatron-LM pads, which knows the layout
+            padded = padded_vocab_size(vocab_size, 128 * tensor)
+            job.add(hf, "torch_dist", Layout(tensor), f"{vocab_size}-by-layout", padded=padded)
+    job.run()
+    return job
+
+
+def hf_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def check_ranks(found: list[list[dict[str, torch.Tensor]]], hf: Path, padded: int, layout: Layout) -> None:
+    """Every chunk of every rank holds its slices and nothing else."""
+    weights, (shape, _) = hf_weights(hf), read_shape(hf)
+    assert len(found) == layout.world_size
+    for rank, chunks in enumerate(found):
+        wanted = rank_slices(weights, shape, padded, layout, rank)
+        assert len(chunks) == len(wanted)
+        for got, slices in zip(chunks, wanted, strict=True):
+            assert got.keys() == slices.keys()
+            for name, slice in slices.items():
+                assert torch.equal(got[name], slice), f"{layout.name} rank {rank}: {name}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("kind", STORED)
+def test_every_rank_gets_its_slices(kind: str, name: str, layout: Layout, job: Job) -> None:
+    hf = job.folder / name / "hf"
+    _, padded = stored(hf, hf.parent, kind, layout)
+    check_ranks(job.output(kind, layout, name), hf, padded, layout)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_are_those_of_transformers(name: str, job: Job) -> None:
+    expected = transformers_logits(job.folder / name / "hf", random_tokens(2, LENGTH))
+    assert expected.std() > 1
+    for kind in STORED:
+        for layout in REAL:
+            found = job.output(kind, layout, f"{name}-short")
+            error = relative_error(found[..., :VOCAB_SIZE], expected)
+            print(f"{name}, {kind}, {layout.name}: {error:.1e}")
+            assert error <= TOLERANCE
+            assert not found[..., VOCAB_SIZE:].any()  # of the padding, whose rows are zero
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_at_long_positions(name: str, job: Job) -> None:
+    folder, tokens = job.folder / f"{name}-shallow" / "hf", random_tokens(1, LONG)
+    expected = transformers_logits(folder, tokens)
+    for layout in LONG_REAL[name]:
+        found = job.output("torch_dist", layout, f"{name}-long")[..., :VOCAB_SIZE]
+        whole, beyond = relative_error(found, expected), relative_error(found[:, 8192:], expected[:, 8192:])
+        print(f"{name}, {layout.name}, {LONG} tokens: {whole:.1e}, beyond 8192: {beyond:.1e}")
+        assert max(whole, beyond) <= TOLERANCE
+    if read_shape(folder)[0].rope_scaling is not None:  # a forgotten scaling would be seen
+        rope = {"rope_type": "default", "rope_theta": read_shape(folder)[0].rope_theta}
+        unscaled = transformers_logits(folder, tokens, rope_parameters=rope)
+        assert relative_error(unscaled[:, 8192:], expected[:, 8192:]) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("tensor", TENSOR_SIZES)
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_any_vocabulary_at_any_tensor_parallel_size(vocab_size: int, tensor: int, job: Job) -> None:
+    hf, layout = job.folder / str(vocab_size) / "hf", Layout(tensor)
+    for kind in STORED:
+        check_ranks(job.output(kind, layout, f"{vocab_size}"), hf, stored(hf, hf.parent, kind, layout)[1], layout)
+    padded = padded_vocab_size(vocab_size, 128 * tensor)
+    check_ranks(job.output("torch_dist", layout, f"{vocab_size}-by-layout"), hf, padded, layout)
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_a_vocabulary_comes_back_bit_for_bit(vocab_size: int, kind: str, job: Job, tmp_path: Path) -> None:
+    hf = job.folder / str(vocab_size) / "hf"
+    folders = [stored(hf, hf.parent, kind, Layout(tensor))[0] for tensor in TENSOR_SIZES]
+    for number, folder in enumerate(dict.fromkeys(folders)):
+        convert(folder, tmp_path / str(number), "hf")
+        before, after = hf_weights(hf), hf_weights(tmp_path / str(number))
+        assert before.keys() == after.keys() and len(after["lm_head.weight"]) == vocab_size
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert read_shape(tmp_path / str(number)) == read_shape(hf)
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_no_padded_row_reaches_hf(vocab_size: int, kind: str, make_model, tmp_path: Path) -> None:
+    """Also where training has filled the padding: a model of the padded size, then declared the smaller one."""
+    for layout in [Layout(tensor) for tensor in TENSOR_SIZES] if kind == "mp_rank" else [Layout()]:
+        here = tmp_path / layout.name
+        hf = make_model(here / "hf", padded_vocab_size(vocab_size, 128), **NARROW)
+        for file in hf.glob("*.safetensors"):
+            tensors = load_file(file)
+            for name in tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+                tensors[name][vocab_size:] = POISON
+            save_file(tensors, file)
+        folder, padded = stored(hf, here, kind, layout)
+        assert padded >= padded_vocab_size(vocab_size, 128)
+        manifest = read_json(folder / "manifest.json", CheckpointError)
+        del manifest["weights_sha256"]
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": vocab_size}))
+        convert(folder, here / "back", "hf")
+        for name, tensor in hf_weights(here / "back").items():
+            assert not (tensor == POISON).any(), name
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                assert len(tensor) == vocab_size
