@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.stand_ins import NamedPickler, named
 from megatron_cpt.errors import CheckpointError
 
-# The classes in Python: those in C know nothing of names that stand for others.
-_PicklerBase: Any = pickle._Pickler  # type: ignore[attr-defined]
 _UnpicklerBase: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 _TENSORS = {
@@ -34,42 +33,6 @@ _CONTAINERS = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("argparse", "Namespace"): argparse.Namespace,
 }
-
-
-class _Named(type):
-    """Class of the stand-ins; each stands for the name `stands_for`."""
-
-    stands_for: tuple[str, str]
-
-
-class _StandIn(metaclass=_Named):
-    """What a named class or function made of its arguments, as the pickle says and without making it."""
-
-    def __new__(cls, *arguments: Any) -> _StandIn:
-        made = super().__new__(cls)
-        made.arguments, made.states, made.items, made.entries = arguments, [], [], []
-        return made
-
-    arguments: tuple[Any, ...]
-    states: list[Any]
-    items: list[Any]
-    entries: list[tuple[Any, Any]]
-
-    def __setstate__(self, state: Any) -> None:
-        self.states = [state]
-
-    def append(self, item: Any) -> None:
-        self.items.append(item)
-
-    def extend(self, items: Any) -> None:
-        self.items.extend(items)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.entries.append((key, value))
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = self.states[0] if self.states else None
-        return type(self), self.arguments, state, iter(self.items) or None, iter(self.entries) or None
 
 
 class _Unpickler(_UnpicklerBase):  # type: ignore[misc]
@@ -93,21 +56,11 @@ class _Unpickler(_UnpicklerBase):  # type: ignore[misc]
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in _TENSORS or is_dtype:
             return super().find_class(module, name)
-        return self._stand_ins.setdefault((module, name), _Named(name, (_StandIn,), {"stands_for": (module, name)}))
-
-
-class _Pickler(_PicklerBase):  # type: ignore[misc]
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        if not isinstance(obj, _Named):
-            super().save_global(obj, name)
-            return
-        module, written = obj.stands_for
-        self.write(pickle.GLOBAL + module.encode() + b"\n" + written.encode() + b"\n")
-        self.memoize(obj)
+        return self._stand_ins.setdefault((module, name), named(module, name))
 
 
 _PICKLE = types.SimpleNamespace(
-    __name__="pickle", Pickler=_Pickler, Unpickler=_Unpickler, UnpicklingError=pickle.UnpicklingError
+    __name__="pickle", Pickler=NamedPickler, Unpickler=_Unpickler, UnpicklingError=pickle.UnpicklingError
 )
 
 
