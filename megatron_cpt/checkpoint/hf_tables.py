@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_cpt.checkpoint.files import read_tensor, require_space
-from megatron_cpt.checkpoint.huggingface import INDEX, Entry, Stored, open_hf, write_shard
+from megatron_cpt.checkpoint.hf_writer import Entry, write_shard
+from megatron_cpt.checkpoint.huggingface import INDEX, WEIGHTS, Stored, open_hf, stored_files
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.checkpoint.reader import BLOCK_BYTES, WeightsDigest, num_bytes, read_blocks, row_blocks
 from megatron_cpt.checkpoint.tables import Matrix, NewTable, Progress, Table, blocks, carry
@@ -33,6 +34,12 @@ class HFTables:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.reader = open_hf(folder)
+        self._files = stored_files(folder)
+        if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+            raise CheckpointError(
+                f"{folder} holds pickled weights, and surgery reads safetensors: make them by "
+                "`megatron-cpt checkpoint convert SRC DST --to hf`"
+            )
         self.tied = self.reader.llama.tied_embeddings
         self.tables = tuple(self._table(name) for name in _MATRICES if name in self.reader.names())
 
@@ -49,8 +56,8 @@ class HFTables:
         reader, digest = self.reader, WeightsDigest(self.reader.names())
         # A tied model may hold its table a second time, under the head's name.
         new = {**new, HEAD: new[EMBEDDING]} if self.tied else new
-        files = {name: _entries(held, new) for name, held in reader.files.items()}
-        remade = [name for name, held in reader.files.items() if held.keys() & new.keys()]
+        files = {name: _entries(held, new) for name, held in self._files.items()}
+        remade = [name for name, held in self._files.items() if held.keys() & new.keys()]
         total = sum(num_bytes(shape, dtype) for entries in files.values() for _, shape, dtype, _ in entries)
         self._check_space(folder, {name: files[name] for name in remade})
         done = 0
@@ -76,7 +83,7 @@ class HFTables:
         """A file without a table; it is read all the same, for the digest that proves the new folder."""
         carry(self.folder / file, folder / file)
         known = set(self.reader.names())
-        for name, stored in self.reader.files[file].items():
+        for name, stored in self._files[file].items():
             for block in read_blocks(self.reader, name) if name in known else ():
                 digest.update(name, stored.dtype, stored.shape, block)
             yield name, num_bytes(stored.shape, stored.dtype)

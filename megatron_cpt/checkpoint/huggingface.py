@@ -1,4 +1,4 @@
-"""Hugging Face folders: a checked safetensors reader and a streamed writer.
+"""Hugging Face folders of a Llama: safetensors, or the older pickled `.bin` files, read; safetensors laid out.
 
 Deviates: safetensors' own library reads into memory maps and trusts the index; here every name,
 size and offset of every header is checked against the file before anything is allocated.
@@ -7,30 +7,35 @@ size and offset of every header is checked against the file before anything is a
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from megatron_cpt.checkpoint.files import PARTIAL, file_inside, read_tensor, require_space, write_at
+from megatron_cpt.checkpoint.archive import read_archive
+from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides
+from megatron_cpt.checkpoint.files import file_inside
 from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
+from megatron_cpt.checkpoint.layout import NewFile, NewLayout
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes
-from megatron_cpt.checkpoint.reader import WeightsDigest, num_bytes
-from megatron_cpt.config.manifest import read_json, write_json_atomic
+from megatron_cpt.checkpoint.manifest import KIND
+from megatron_cpt.checkpoint.reader import num_bytes
+from megatron_cpt.checkpoint.runs import Placed, Run, StoredModel, same_rows
+from megatron_cpt.config.manifest import MANIFEST, read_json, write_json_atomic
 from megatron_cpt.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BIN_WEIGHTS = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_SHARD_BYTES = 5_000_000_000
-
-Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor | Iterable[Tensor]]]
+_KINDS = {torch.int64: "I64", **{dtype: kind for kind, dtype in DTYPES.items()}}
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -43,89 +48,125 @@ class Stored:
     dtype: torch.dtype
 
 
-def open_hf(folder: str | Path) -> HFReader:
-    """Open a Hugging Face folder of a Llama in safetensors; only headers are read.
+def open_hf(folder: str | Path) -> StoredModel:
+    """Open a Hugging Face folder of a Llama; only headers are read.
 
     Raises:
         CheckpointError: not a plain Llama, a damaged or hostile file, or tensors that do not match
             the config one by one.
     """
-    return HFReader(Path(folder))
-
-
-class HFReader:
-    """The tensors of a Hugging Face folder by name (a `ModelReader`)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config: dict[str, Any] = read_json(file_inside(folder, CONFIG), CheckpointError)
-        self.llama, self.vocab_size = parse_hf_config(self.config, str(folder / CONFIG))
-        # By file, what it holds: also copies and constants that are no tensors of the model.
-        self.files = _index(folder)
-        self._tensors = {name: stored for held in self.files.values() for name, stored in held.items()}
-        self._match_config()
-
-    def _match_config(self) -> None:
-        expected = hf_shapes(self.llama, self.vocab_size)
-        for name in list(self._tensors):
-            if name.endswith(".rotary_emb.inv_freq"):  # a constant that old exports carry
-                del self._tensors[name]
-        if self.llama.tied_embeddings and HEAD in self._tensors and EMBEDDING in self._tensors:
-            self._drop_tied_copy()
-        missing, extra = sorted(expected.keys() - self._tensors.keys()), sorted(self._tensors.keys() - expected.keys())
-        if missing or extra:
-            raise CheckpointError(
-                f"{self.folder}: the tensors do not match config.json; missing {_some(missing)}, not expected "
-                f"{_some(extra)}; get the complete model, of a plain Llama"
-            )
-        for name, shape in expected.items():
-            if self._tensors[name].shape != shape:
-                raise CheckpointError(
-                    f"{self.folder}: {name} has shape {self._tensors[name].shape}, config.json says {shape}; "
-                    "the weights and the config are of two models"
-                )
-
-    def _drop_tied_copy(self) -> None:
-        """A tied model may carry its head a second time; it must be the same."""
-        table, copy = self._tensors[EMBEDDING], self._tensors[HEAD]
-        if table.shape != copy.shape or not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
-            raise CheckpointError(
-                f"{self.folder}: config.json ties the embeddings, yet {HEAD} differs from {EMBEDDING}; "
-                "set tie_word_embeddings to false if the model has its own head"
-            )
-        del self._tensors[HEAD]
-
-    def names(self) -> list[str]:
-        """Names of all tensors, in the order of a forward pass."""
-        return list(hf_shapes(self.llama, self.vocab_size))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._stored(name).shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
-        return self._stored(name).dtype
-
-    def read(self, name: str) -> Tensor:
-        """A whole tensor."""
-        stored = self._stored(name)
-        return read_tensor(stored.path, stored.offset, stored.shape, stored.dtype)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor; nothing else is read."""
-        stored = self._stored(name)
-        if not 0 <= start <= stop <= stored.shape[0]:
-            raise IndexError(f"rows {start} to {stop} of {name}, which has {stored.shape[0]}")
-        row = stored.shape[1:]
-        return read_tensor(
-            stored.path, stored.offset + start * num_bytes(row, stored.dtype), (stop - start, *row), stored.dtype
+    folder = Path(folder)
+    config: dict[str, Any] = read_json(file_inside(folder, CONFIG), CheckpointError)
+    llama, vocab_size = parse_hf_config(config, str(folder / CONFIG))
+    held = {name: stored for file in stored_files(folder).values() for name, stored in file.items()}
+    # A constant that old exports carry, and a tied model's head, which may stand there a second time.
+    held = {name: stored for name, stored in held.items() if not name.endswith(".rotary_emb.inv_freq")}
+    copy = held.pop(HEAD, None) if llama.tied_embeddings and EMBEDDING in held else None
+    expected = hf_shapes(llama, vocab_size)
+    missing, extra = sorted(expected.keys() - held.keys()), sorted(held.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{folder}: the tensors do not match config.json; missing {_some(missing)}, not expected "
+            f"{_some(extra)}; get the complete model, of a plain Llama"
         )
+    for name, shape in expected.items():
+        if held[name].shape != shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {held[name].shape}, config.json says {shape}; "
+                "the weights and the config are of two models"
+            )
+    tensors = {name: _placed(held[name]) for name in expected}
+    if copy is not None and not same_rows(folder, tensors[EMBEDDING], _placed(copy)):
+        raise CheckpointError(
+            f"{folder}: config.json ties the embeddings, yet {HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings to false if the model has its own head"
+        )
+    found = read_json(folder / MANIFEST, CheckpointError) if (folder / MANIFEST).exists() else {}
+    stated = found if isinstance(found, dict) and found.get("kind") == KIND else {}  # it may be another tool's
+    stated |= {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    return StoredModel(folder, "hf", llama, vocab_size, vocab_size, tensors, stated=stated)
 
-    def _stored(self, name: str) -> Stored:
-        if name not in self._tensors:
-            raise CheckpointError(f"{self.folder}: there is no tensor {name!r}")
-        return self._tensors[name]
+
+def _placed(stored: Stored) -> Placed:
+    """One run of rows."""
+    columns = stored.shape[1] if len(stored.shape) == 2 else 1
+    pitch = columns * stored.dtype.itemsize
+    rows = stored.shape[0] if stored.shape else 1
+    return Placed(stored.shape, stored.dtype, (Run(stored.path.name, stored.offset, pitch, 0, rows, 0, columns),))
+
+
+def lay_out_hf(
+    source: StoredModel,
+    dtypes: Mapping[str, torch.dtype],
+    config: dict[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> NewLayout:
+    """Lay out the weights of a model as safetensors.
+
+    Args:
+        source: the model.
+        dtypes: of each weight as it is written.
+        config: content of config.json.
+        max_shard_bytes: largest weights file; a single tensor may exceed it.
+    """
+    entries = [(name, source.shape(name), dtypes[name]) for name in source.names()]
+    sizes = [num_bytes(shape, dtype) for _, shape, dtype in entries]
+    shards = split_into_shards(entries, sizes, max_shard_bytes)
+    files, tensors, weight_map = [], {}, {}
+    for file, shard in zip(shard_names(len(shards)), shards, strict=True):
+        raw, offsets = shard_header(shard)
+        for (name, shape, dtype), offset in zip(shard, offsets, strict=True):
+            tensors[name] = _placed(Stored(Path(file), offset, shape, dtype))
+            weight_map[name] = file
+        size = offsets[-1] + num_bytes(*shard[-1][1:])
+        files.append(NewFile(file, size, ((0, raw),)))
+    index = weight_map if len(shards) > 1 else None
+    finish = partial(write_descriptions, config=config, weight_map=index, total=sum(sizes))
+    return NewLayout(tuple(files), tensors, finish)
+
+
+def write_descriptions(folder: Path, config: dict[str, Any], weight_map: Mapping[str, str] | None, total: int) -> None:
+    """Write the index of several weight files, generation_config.json and, last, config.json."""
+    if weight_map is not None:
+        write_json_atomic(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    write_json_atomic(folder / "generation_config.json", {"_from_model_config": True, **ends})
+    write_json_atomic(folder / CONFIG, config)
+
+
+def shard_names(count: int) -> list[str]:
+    """Names of weight files."""
+    if count == 1:
+        return [WEIGHTS]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def split_into_shards(entries: Sequence[_T], sizes: Sequence[int], max_bytes: int) -> list[list[_T]]:
+    """Entries in their order, cut into lists of at most `max_bytes`; a single entry may exceed it."""
+    shards: list[list[_T]] = [[]]
+    filled = 0
+    for entry, size in zip(entries, sizes, strict=True):
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    return shards
+
+
+def shard_header(shard: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[bytes, list[int]]:
+    """The bytes before the data of a safetensors file, and where in the file each tensor begins."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position, begins = 0, []
+    for name, shape, dtype in shard:
+        begins.append(position)
+        end = position + num_bytes(shape, dtype)
+        header[name] = {"dtype": _KINDS[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    raw = len(raw).to_bytes(8, "little") + raw
+    return raw, [len(raw) + begin for begin in begins]
 
 
 def _some(names: list[str]) -> str:
@@ -134,35 +175,60 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _index(folder: Path) -> dict[str, dict[str, Stored]]:
-    """File -> name -> place of every tensor of the folder, headers checked."""
-    if (folder / INDEX).exists():
-        index = read_json(file_inside(folder, INDEX), CheckpointError)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+def stored_files(folder: Path) -> dict[str, dict[str, Stored]]:
+    """File -> name -> place of every tensor of the folder, headers checked; copies and constants among them."""
+    weights, index, read = _kind_of_weights(folder)
+    weight_map = None
+    if (folder / index).exists():
+        stated = read_json(file_inside(folder, index), CheckpointError)
+        weight_map = stated.get("weight_map") if isinstance(stated, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX}: expected an object weight_map of tensor names to file names")
-    elif (folder / WEIGHTS).exists():
-        weight_map = None
-    else:
-        raise CheckpointError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read, "
-            "save the model as safetensors first"
-        )
+            raise CheckpointError(f"{folder / index}: expected an object weight_map of tensor names to file names")
     tensors: set[str] = set()
     held: dict[str, dict[str, Stored]] = {}
-    files = sorted(set(weight_map.values())) if weight_map is not None else [WEIGHTS]
+    files = sorted(set(weight_map.values())) if weight_map is not None else [weights]
     for file, path in [(file, file_inside(folder, file)) for file in files]:  # all names are checked first
-        held[file] = _read_header(path)
+        held[file] = read(path)
         for name in held[file]:
             if name in tensors or (weight_map is not None and weight_map.get(name) != file):
                 raise CheckpointError(
-                    f"{folder}: {name} lies in {file} but not, or not only, by {INDEX}; the files are mixed up"
+                    f"{folder}: {name} lies in {file} but not, or not only, by {index}; the files are mixed up"
                 )
             tensors.add(name)
     lost = sorted(set(weight_map or ()) - tensors)
     if lost:
-        raise CheckpointError(f"{folder}: {INDEX} names {_some(lost)}, which no file holds; copy the model again")
+        raise CheckpointError(f"{folder}: {index} names {_some(lost)}, which no file holds; copy the model again")
     return held
+
+
+def _kind_of_weights(folder: Path) -> tuple[str, str, Callable[[Path], dict[str, Stored]]]:
+    """Names of the weights' file and index, and what reads a file: of the kind that the folder holds."""
+    kinds = [(WEIGHTS, INDEX, _read_header), (BIN_WEIGHTS, BIN_INDEX, _read_bin)]
+    for weights, index, read in kinds:
+        if (folder / weights).exists() or (folder / index).exists():
+            return weights, index, read
+    names = [name for weights, index, _ in kinds for name in (weights, index)]
+    raise CheckpointError(f"{folder} holds none of {', '.join(names)}; get the complete model")
+
+
+def _read_bin(path: Path) -> dict[str, Stored]:
+    """The tensors of one torch.save file, none of it run or read but the pickle."""
+    value = read_archive(path)
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a dict of tensors by name")
+    return {name: dense(array, f"{path}: {name}", path) for name, array in value.items()}
+
+
+def dense(array: Any, where: str, path: Path) -> Stored:
+    """A tensor of an archive that lies row by row; raises CheckpointError for any other."""
+    if not isinstance(array, Array):
+        raise CheckpointError(f"{where} is {type(array).__name__}, expected a tensor")
+    expected = dense_strides(array.shape)
+    if any(size > 1 and a != b for size, a, b in zip(array.shape, array.strides, expected, strict=True)):
+        raise CheckpointError(f"{where} is stored with strides {array.strides}; save it again as .contiguous()")
+    if array.dtype not in DTYPES.values():
+        raise CheckpointError(f"{where} is {array.dtype}, expected {', '.join(map(str, DTYPES.values()))}")
+    return Stored(path, array.offset, array.shape, array.dtype)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -211,113 +277,3 @@ def _parse_entry(entry: dict[str, Any], data_start: int, path: Path) -> Stored:
     if end - begin != num_bytes(tuple(shape), DTYPES[kind]):
         raise ValueError(f"{end - begin} bytes for shape {shape} in {kind}")
     return Stored(path, data_start + begin, tuple(shape), DTYPES[kind])
-
-
-def write_hf(
-    folder: str | Path,
-    entries: Iterable[Entry],
-    config: dict[str, Any],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Write weights, config.json and generation_config.json of a Hugging Face model, tensor by tensor.
-
-    Files are written under temporary names and renamed once all are complete; the index and then
-    config.json come last, so an unfinished folder cannot be loaded.
-
-    Args:
-        folder: destination; may exist (with tokenizer files, say) but must not hold a model.
-        entries: (name, shape, dtype, thunk) in the order of writing. The thunk is called when the
-            tensor's turn comes and returns it, or an iterable of its row blocks in order.
-        config: content of config.json.
-        max_shard_bytes: largest weights file; a single tensor may exceed it.
-        on_progress: called with (bytes done, bytes in all).
-
-    Returns:
-        {"files": number of weight files, "bytes": bytes of weights, "weights_sha256": digest}.
-
-    Raises:
-        CheckpointError: the folder holds a model, the disk is too small, a name appears twice, or a
-            thunk returns another shape or dtype than it announced.
-    """
-    folder, entries = Path(folder), list(entries)
-    shards = _plan_shards(folder, entries, max_shard_bytes)
-    total = sum(num_bytes(shape, dtype) for _, shape, dtype, _ in entries)
-    require_space(folder, total)
-    folder.mkdir(parents=True, exist_ok=True)
-    digest, done, weight_map = WeightsDigest(), 0, {}
-    names = (
-        [WEIGHTS]
-        if len(shards) == 1
-        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    )
-    try:
-        for file_name, shard in zip(names, shards, strict=True):
-            for name, written in write_shard(folder / (file_name + PARTIAL), shard, digest):
-                done += written
-                weight_map[name] = file_name
-                if on_progress is not None:
-                    on_progress(done, total)
-        for file_name in names:
-            os.replace(folder / (file_name + PARTIAL), folder / file_name)
-    finally:
-        for file_name in names:
-            (folder / (file_name + PARTIAL)).unlink(missing_ok=True)
-    if len(shards) > 1:
-        write_json_atomic(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
-    write_json_atomic(folder / "generation_config.json", {"_from_model_config": True, **ends})
-    write_json_atomic(folder / CONFIG, config)
-    return {"files": len(shards), "bytes": total, "weights_sha256": digest.hexdigest()}
-
-
-def _plan_shards(folder: Path, entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
-    """Entries in order, cut into files of at most `max_shard_bytes`."""
-    held = [path.name for path in folder.glob("*") if path.name == CONFIG or path.suffix == ".safetensors"]
-    if held:
-        raise CheckpointError(
-            f"{folder} already holds a model ({held[0]}); choose another destination or remove it first"
-        )
-    if not entries or len({entry[0] for entry in entries}) != len(entries):
-        raise CheckpointError(f"{folder}: nothing to write, or a tensor's name appears twice")
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        size = num_bytes(entry[1], entry[2])
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += size
-    return shards
-
-
-def write_shard(path: Path, shard: list[Entry], digest: WeightsDigest) -> Iterator[tuple[str, int]]:
-    """Write one safetensors file, each block hashed as it is written; yields (name, bytes) after each tensor."""
-    kinds = {torch.int64: "I64", **{dtype: kind for kind, dtype in DTYPES.items()}}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape, dtype, _ in shard:
-        end = position + num_bytes(shape, dtype)
-        header[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, shape, dtype, thunk in shard:
-            made = thunk()
-            written = 0
-            for block in [made] if isinstance(made, Tensor) else made:
-                if block.dtype != dtype or tuple(block.shape[1:]) != tuple(shape[1:]):
-                    raise CheckpointError(
-                        f"{name}: got {tuple(block.shape)} {block.dtype}, announced {tuple(shape)} {dtype}"
-                    )
-                hashed = beside.submit(digest.update, name, dtype, shape, block)
-                written += write_at(file, block)
-                hashed.result()  # before the next block: they come in order, and one is in memory at a time
-            if written != num_bytes(shape, dtype):
-                raise CheckpointError(f"{name}: got {written} bytes, announced {num_bytes(shape, dtype)}")
-            yield name, written
-        os.fsync(file.fileno())

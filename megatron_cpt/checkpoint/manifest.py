@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_cpt.config.manifest import MANIFEST, read_manifest, write_manifest
+from megatron_cpt.config.manifest import MANIFEST, read_manifest, write_manifest, write_sealed_manifest
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
 KIND = "checkpoint"
+SEALS = ("tensors", "files", "manifest_sha256")  # fields that hold for the folder's very bytes
 
 
 def write_checkpoint_manifest(
@@ -38,7 +39,8 @@ def write_checkpoint_manifest(
         format: "torch_dist" or "hf".
         fields: whatever else the next step needs (`step`, `dtype`, `bos_token_id`, ...).
     """
-    write_manifest(
+    write = write_sealed_manifest if "files" in fields else write_manifest
+    write(
         Path(folder) / MANIFEST,
         KIND,
         inputs,

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.hf_tables import HFTables
-from megatron_cpt.checkpoint.huggingface import HFReader, open_hf
+from megatron_cpt.checkpoint.huggingface import open_hf
 from megatron_cpt.checkpoint.metadata import METADATA
 from megatron_cpt.checkpoint.mp_rank_tables import TRACKER, MpRankTables, is_mp_rank
-from megatron_cpt.checkpoint.torch_dist import TorchDistReader, open_torch_dist
+from megatron_cpt.checkpoint.runs import StoredModel
+from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.checkpoint.torch_dist_tables import TorchDistTables
+from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.errors import CheckpointError
 
 
-def open_checkpoint(folder: str | Path) -> HFReader | TorchDistReader:
-    """Open a Hugging Face or a `torch_dist` folder; raises CheckpointError when it is neither."""
-    folder = Path(folder)
+@dataclass(frozen=True)
+class Hints:
+    """What a checkpoint may not say of itself, from its user.
+
+    Attributes:
+        config: a config.json, or the folder of one, that describes the architecture.
+        vocab_size: rows of the vocabulary that an id can reach.
+    """
+
+    config: Path | None = None
+    vocab_size: int | None = None
+
+
+def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hints | None = None) -> StoredModel:
+    """Open a checkpoint; only headers are read.
+
+    Args:
+        folder: of a Hugging Face model or a `torch_dist` checkpoint; of a training run: its newest checkpoint.
+        with_optimizer: find the state of its optimizer too.
+        hints: what the checkpoint does not say of itself.
+
+    Raises:
+        CheckpointError: it is none, damaged, unsafe, or not of a plain Llama.
+    """
+    folder = _newest(Path(folder))
     if (folder / METADATA).exists():
-        return open_torch_dist(folder)
+        return open_torch_dist(folder, with_optimizer)
     if (folder / CONFIG).exists():
         return open_hf(folder)
     raise CheckpointError(
         f"{folder} holds neither {CONFIG} (a Hugging Face model) nor {METADATA} (a torch_dist checkpoint); "
         "give the folder of the checkpoint itself"
     )
+
+
+def _newest(folder: Path) -> Path:
+    """The newest complete checkpoint of a training run, where the folder is one; else the folder."""
+    complete = [path for path in folder.glob("checkpoints/iter_*") if (path / MANIFEST).exists()]
+    return max(complete, key=lambda path: path.name) if complete else folder
+
+
+def state_of_files(model: StoredModel) -> dict[str, list[int]]:
+    """Size and time of every file that a model is read from: what changes when one of them does."""
+    files = {run.file for placed in model.tensors.values() for run in placed.runs} | {CONFIG, MANIFEST, METADATA}
+    stats = {name: (model.folder / name).stat() for name in sorted(files) if (model.folder / name).exists()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def open_tables(folder: str | Path, with_optimizer: bool = True) -> HFTables | TorchDistTables | MpRankTables:

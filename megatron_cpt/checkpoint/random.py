@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpt.checkpoint.hf_config import hf_config
-from megatron_cpt.checkpoint.huggingface import write_hf
+from megatron_cpt.checkpoint.hf_writer import write_hf
 from megatron_cpt.checkpoint.llama import hf_shapes
 from megatron_cpt.config.manifest import sha256_bytes
 from megatron_cpt.config.schema import LlamaShape

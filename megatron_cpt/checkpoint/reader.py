@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -99,42 +99,12 @@ class WeightsDigest:
 
     def hexdigest(self) -> str:
         """Hex SHA-256 over everything added so far."""
-        listed = {name: [dtype, shape, digest.hexdigest()] for name, (dtype, shape, digest) in self._digests.items()}
-        return sha256_bytes(json.dumps(listed, sort_keys=True, separators=(",", ":")).encode())
+        return weights_sha256(
+            {name: (dtype, shape, digest.hexdigest()) for name, (dtype, shape, digest) in self._digests.items()}
+        )
 
 
-class CastReader:
-    """Another reader with every tensor cast to `to`; remembers the largest error the cast made."""
-
-    def __init__(self, reader: ModelReader, to: torch.dtype) -> None:
-        self.folder, self.llama, self.vocab_size = reader.folder, reader.llama, reader.vocab_size
-        self.max_abs_error = 0.0
-        self._reader, self._to = reader, to
-
-    def names(self) -> list[str]:
-        """Hugging Face names of all tensors."""
-        return self._reader.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._reader.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype after the cast."""
-        return self._to
-
-    def read(self, name: str) -> Tensor:
-        """A whole tensor, cast."""
-        return self._cast(self._reader.read(name))
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, cast."""
-        return self._cast(self._reader.read_rows(name, start, stop))
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        if tensor.dtype == self._to:
-            return tensor
-        cast = tensor.to(self._to)
-        if tensor.numel():
-            self.max_abs_error = max(self.max_abs_error, float((tensor.double() - cast.double()).abs().max()))
-        return cast
+def weights_sha256(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
+    """Hex SHA-256 of a model's weights, from (dtype, shape, SHA-256 of its bytes) by HF name; see `WeightsDigest`."""
+    listed = {name: [dtype, list(shape), digest] for name, (dtype, shape, digest) in tensors.items()}
+    return sha256_bytes(json.dumps(listed, sort_keys=True, separators=(",", ":")).encode())

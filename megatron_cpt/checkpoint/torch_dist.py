@@ -2,51 +2,100 @@
 
 Reading takes what `convert` wrote and what a training run saved in any TP x PP x DP layout: chunks
 may be cut anywhere, layers may be stacked or stored one by one, gate and up together or apart.
-Optimizer state is skipped unread.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_cpt.checkpoint.files import new_tensor
-from megatron_cpt.checkpoint.llama import EXTRA_STATE_MODULES, LAYERS, check_supported, placements, stored_shapes
+from megatron_cpt.checkpoint.archive import archive_bytes, lay_out_archive, read_archive
+from megatron_cpt.checkpoint.files import file_inside
+from megatron_cpt.checkpoint.huggingface import dense
+from megatron_cpt.checkpoint.layout import NewFile, NewLayout, hole
+from megatron_cpt.checkpoint.llama import (
+    EMBEDDING,
+    EXTRA_STATE_MODULES,
+    HEAD,
+    LAYERS,
+    Placement,
+    check_supported,
+    hf_shapes,
+    placements,
+    stored_shapes,
+)
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.checkpoint.metadata import (
     Chunk,
     StoredObject,
     StoredTensor,
     check_cover,
-    load_chunk,
     read_metadata,
     write_index,
 )
-from megatron_cpt.checkpoint.plan import PlannedChunk, PlannedTensor
-from megatron_cpt.checkpoint.reader import ModelReader, WeightsDigest, num_bytes
+from megatron_cpt.checkpoint.reader import BLOCK_BYTES, num_bytes, row_blocks
+from megatron_cpt.checkpoint.runs import STATES, WEIGHTS, Box, Placed, Rows, StoredModel, place
 from megatron_cpt.config.manifest import write_json_atomic
 from megatron_cpt.errors import CheckpointError
 
 MAX_FILE_BYTES = 5_000_000_000
-_NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler")
 _ONE_LAYER = re.compile(re.escape(LAYERS) + r"(0|[1-9]\d{0,5})\.(.+)")
+_OF_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|exp_avg|exp_avg_sq)\.(.+)", re.DOTALL)
+_NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler")
+_STORED_STATES = {"master": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+Boxes = dict[tuple[str, int | None], list[Box]]
 
 
-def open_torch_dist(folder: str | Path) -> TorchDistReader:
-    """Open a `torch_dist` folder with its manifest; only the index is read.
+def open_torch_dist(folder: str | Path, with_optimizer: bool = False) -> StoredModel:
+    """Open a `torch_dist` folder with its manifest; only the index and the headers of chunks are read.
+
+    Args:
+        folder: the checkpoint.
+        with_optimizer: find the state of its optimizer too; else that is skipped unread.
 
     Raises:
         CheckpointError: no manifest, a damaged or hostile index, or tensors that do not match the
             manifest one by one.
     """
-    return TorchDistReader(Path(folder))
+    folder = Path(folder)
+    manifest = read_checkpoint_manifest(folder)
+    llama = check_supported(manifest["shape"], str(folder))
+    vocab_size, padded = manifest["vocab_size"], manifest["padded_vocab_size"]
+    sizes = stored_shapes(llama, padded)
+    found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    for key, stored in read_metadata(folder, lambda key: _is_wanted(key, with_optimizer)).items():
+        state = _STATE.fullmatch(key)
+        if state is None and _OF_OPTIMIZER.match(key):
+            raise CheckpointError(
+                f"{folder}: the optimizer's state {key} is not stored by parameter (fully_reshardable); "
+                "convert without the optimizer, or save it in that form"
+            )
+        found[WEIGHTS if state is None else _name_of(state[1])][key if state is None else state[2]] = stored
+    tensors, padding = {}, {}
+    places = placements(llama, vocab_size)
+    shapes = hf_shapes(llama, vocab_size)
+    for kind, held in found.items():
+        prefix = "" if kind == WEIGHTS else f"{kind}/"
+        stacked = _stack_layers(folder, sizes, held)
+        boxes = _boxes(folder, stacked)
+        for name, at in places.items():
+            dtype = stacked[at.key].dtype
+            tensors[prefix + name] = place(shapes[name], dtype, _rows(at), boxes[at.key, at.layer])
+            if name in (EMBEDDING, HEAD) and padded > vocab_size:
+                shape = (padded - vocab_size, shapes[name][1])
+                beyond = [Rows(0, vocab_size, padded - vocab_size)]
+                padding[prefix + name] = place(shape, dtype, beyond, boxes[at.key, None])
+    if WEIGHTS not in found:
+        raise CheckpointError(f"{folder} holds no weights; it is incomplete or of another model")
+    return StoredModel(folder, "torch_dist", llama, vocab_size, padded, tensors, padding, stated=manifest)
 
 
 def holds_optimizer(folder: str | Path) -> bool:
@@ -54,109 +103,165 @@ def holds_optimizer(folder: str | Path) -> bool:
     return bool(read_metadata(Path(folder), lambda key: "optimizer." in key and ".exp_avg." in key))
 
 
-class TorchDistReader:
-    """The tensors of a `torch_dist` folder by their HF names (a `ModelReader`)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_checkpoint_manifest(folder)
-        self.llama = check_supported(self.manifest["shape"], str(folder))
-        self.vocab_size: int = self.manifest["vocab_size"]
-        self.padded_vocab_size: int = self.manifest["padded_vocab_size"]
-        self._placements = placements(self.llama, self.vocab_size)
-        sizes = stored_shapes(self.llama, self.padded_vocab_size)
-        self._tensors = _stack_layers(folder, sizes, read_metadata(folder, lambda key: not _NOT_THE_MODEL.match(key)))
-        self._layer: tuple[tuple[str, int], Tensor] | None = None  # the layer's tensor read last: q, k, v share one
-        self._boxes = BoxReader(folder)
-
-    def names(self) -> list[str]:
-        """Hugging Face names of all tensors, in the order of a forward pass."""
-        return list(self._placements)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, the vocabulary without its padding."""
-        place = self._place(name)
-        size = self._tensors[place.key].size
-        return (sum(rows for _, _, rows in place.runs), *(size[1:] if place.layer is None else size[2:]))
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
-        return self._tensors[self._place(name).key].dtype
-
-    def read(self, name: str) -> Tensor:
-        """A whole tensor."""
-        return self.read_rows(name, 0, self.shape(name)[0])
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor."""
-        place = self._place(name)
-        if not 0 <= start <= stop <= self.shape(name)[0]:
-            raise IndexError(f"rows {start} to {stop} of {name}, which has {self.shape(name)[0]}")
-        if len(place.runs) > 1:
-            stored = self._read_layer(place.key, place.layer)
-            return torch.cat([stored[row : row + rows] for _, row, rows in place.runs])[start:stop]
-        layers = () if place.layer is None else (place.layer,)
-        row_shape = self._tensors[place.key].size[1 + len(layers) :]
-        offset = (*layers, place.runs[0][1] + start, *(0 for _ in row_shape))
-        box = self._assemble(place.key, offset, (*(1 for _ in layers), stop - start, *row_shape))
-        return (box[0] if layers else box).contiguous()
-
-    def padding(self, name: str) -> Tensor:
-        """The stored rows of a vocabulary table beyond the true vocabulary."""
-        key = self._place(name).key
-        size = self._tensors[key].size
-        return self._assemble(key, (self.vocab_size, 0), (size[0] - self.vocab_size, size[1]))
-
-    def _place(self, name: str) -> Any:
-        if name not in self._placements:
-            raise CheckpointError(f"{self.folder}: there is no tensor {name!r}")
-        return self._placements[name]
-
-    def _read_layer(self, key: str, layer: int) -> Tensor:
-        if self._layer is None or self._layer[0] != (key, layer):
-            self._layer = None  # let go of the old one first
-            size = self._tensors[key].size
-            box = self._assemble(key, (layer, *(0 for _ in size[1:])), (1, *size[1:]))
-            self._layer = ((key, layer), box[0])
-        return self._layer[1]
-
-    def _assemble(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        return self._boxes.read(self._tensors[key], offset, size)
+def _is_wanted(key: str, with_optimizer: bool) -> bool:
+    return not _NOT_THE_MODEL.match(key) or (with_optimizer and bool(_OF_OPTIMIZER.match(key)))
 
 
-class BoxReader:
-    """Boxes of stored tensors, whatever chunks they lie in; the chunk read last is kept."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._chunk: tuple[Chunk, Tensor] | None = None  # row blocks of one table share it
-
-    def read(self, stored: StoredTensor, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """The box (offset, size) of a stored tensor, from all chunks that share elements with it."""
-        stop = tuple(first + count for first, count in zip(offset, size, strict=True))
-        out: Tensor | None = None
-        for chunk in stored.chunks:
-            low = tuple(map(max, offset, chunk.offset))
-            high = tuple(map(min, stop, (first + count for first, count in zip(chunk.offset, chunk.size, strict=True))))
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            part = self._load(chunk, stored.dtype)[_slices(low, high, chunk.offset)]
-            if (low, high) == (offset, stop):
-                return part
-            if out is None:
-                out = new_tensor(size, stored.dtype)
-            out[_slices(low, high, offset)] = part
-        return new_tensor(size, stored.dtype) if out is None else out
-
-    def _load(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-        if self._chunk is None or self._chunk[0] != chunk:
-            self._chunk = None
-            self._chunk = (chunk, load_chunk(self._folder, chunk, dtype))
-        return self._chunk[1]
+def _name_of(stored_state: str) -> str:
+    return next(name for name, stored in _STORED_STATES.items() if stored == stored_state)
 
 
-def _slices(low: tuple[int, ...], high: tuple[int, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+def _rows(at: Placement) -> list[Rows]:
+    return [Rows(row, stored, rows) for row, stored, rows in at.runs]
+
+
+def _boxes(folder: Path, tensors: Mapping[str, StoredTensor]) -> Boxes:
+    """Where the matrices lie that chunks are made of: one for a layer, or for a tensor that has none."""
+    boxes: Boxes = defaultdict(list)
+    for key, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            offset = chunk_offset(folder, chunk, tensor.dtype)
+            layered = key.startswith(LAYERS)
+            first, *low = chunk.offset if layered else (0, *chunk.offset)
+            count, *extent = chunk.size if layered else (1, *chunk.size)
+            rows, columns = (*extent, 1)[:2]
+            for layer in range(count):
+                at = offset + layer * rows * columns * tensor.dtype.itemsize
+                number = first + layer if layered else None
+                boxes[key, number].append(Box(chunk.file, at, low[0], rows, (*low, 0)[1], columns))
+    return boxes
+
+
+def chunk_offset(folder: Path, chunk: Chunk, dtype: torch.dtype) -> int:
+    """Where in its file the data of a chunk begins; raises CheckpointError unless it is the tensor of the index."""
+    path = file_inside(folder, chunk.file)
+    where = f"{path}: the chunk at byte {chunk.start}"
+    stored = dense(read_archive(path, chunk.start, chunk.length), where, path)
+    # A layer that was saved on its own lacks the dimension along which layers are stacked.
+    if stored.dtype != dtype or chunk.size not in (stored.shape, (1, *stored.shape)):
+        raise CheckpointError(f"{where} is {stored.shape}, {stored.dtype}, the index says {chunk.size} {dtype}")
+    return stored.offset
+
+
+def lay_out_torch_dist(
+    source: StoredModel,
+    dtypes: Mapping[str, torch.dtype],
+    padded_size: int,
+    common: Mapping[str, Any] | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> NewLayout:
+    """Lay out tensors in chunks of one layer and at most `block_bytes`.
+
+    Args:
+        source: the model.
+        dtypes: by name, of each tensor that is written, the state of an optimizer among them.
+        padded_size: rows of the vocabulary tables.
+        common: what else common.pt holds.
+        block_bytes: largest chunk.
+    """
+    files = _Files()
+    tensors: dict[str, Placed] = {}
+    padding: dict[str, Placed] = {}
+    index: dict[str, StoredTensor] = {}
+    places, shapes = placements(source.llama, source.vocab_size), hf_shapes(source.llama, source.vocab_size)
+    for kind in (WEIGHTS, *STATES):
+        prefix = "" if kind == WEIGHTS else f"{kind}/"
+        if prefix + EMBEDDING not in dtypes:
+            continue
+        stored_prefix = "" if kind == WEIGHTS else f"optimizer.state.{_STORED_STATES[kind]}."
+        boxes: Boxes = defaultdict(list)
+        for key, size in stored_shapes(source.llama, padded_size).items():
+            dtype = _one_dtype(source, key, {dtypes[prefix + name] for name, at in places.items() if at.key == key})
+            chunks = []
+            for layer in range(size[0]) if key.startswith(LAYERS) else (None,):
+                for box, chunk in _lay_out_matrix(files, layer, size, dtype, block_bytes):
+                    boxes[key, layer].append(box)
+                    chunks.append(chunk)
+            index[stored_prefix + key] = StoredTensor(dtype, size, tuple(chunks))
+        for name, at in places.items():
+            full = prefix + name
+            tensors[full] = place(shapes[name], dtypes[full], _rows(at), boxes[at.key, at.layer])
+            if name in (EMBEDDING, HEAD) and padded_size > source.vocab_size:
+                extra = padded_size - source.vocab_size
+                beyond = [Rows(0, source.vocab_size, extra)]
+                padding[full] = place((extra, shapes[name][1]), dtypes[full], beyond, boxes[at.key, None])
+    nothing = archive_bytes([None])
+    objects = {
+        key: StoredObject(*files.add(len(nothing), [(0, nothing)]))
+        for key in _extra_state_keys(source.llama.num_layers)
+    }
+    begin = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}, **(common or {})}
+    finish = partial(_finish, tensors=index, objects=objects, common=begin)
+    return NewLayout(files.made(), tensors, finish, padding)
+
+
+def _one_dtype(source: StoredModel, key: str, dtypes: set[torch.dtype]) -> torch.dtype:
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"{source.folder}: the tensors of {key} have dtypes {', '.join(sorted(map(str, dtypes)))}, "
+            "expected one; state the dtype to convert to"
+        )
+    return dtypes.pop()
+
+
+def _lay_out_matrix(
+    files: _Files, layer: int | None, size: tuple[int, ...], dtype: torch.dtype, block_bytes: int
+) -> list[tuple[Box, Chunk]]:
+    """The chunks of a stored matrix: of one layer, or of a tensor that has none."""
+    layers = () if layer is None else (layer,)
+    rows, *row_shape = size[len(layers) :]
+    made = []
+    for start, stop in row_blocks(rows, num_bytes(tuple(row_shape), dtype), block_bytes):
+        extent = (*(1 for _ in layers), stop - start, *row_shape)
+        size_bytes, parts, offset = files.archive(extent, dtype)
+        file, begin, length = files.add(size_bytes, parts)
+        made.append(
+            (
+                Box(file, begin + offset, start, stop - start, 0, (*row_shape, 1)[0]),
+                Chunk((*layers, start, *(0 for _ in row_shape)), extent, file, begin, length),
+            )
+        )
+    return made
+
+
+class _Files:
+    """Data files that grow by one archive after the other, none of it written yet."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[int, list[tuple[int, bytes]]]] = []
+        self._archives: dict[tuple[tuple[int, ...], torch.dtype], tuple[int, list[tuple[int, bytes]], int]] = {}
+
+    def archive(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, list[tuple[int, bytes]], int]:
+        """Size, headers and place of the data of an archive that holds one tensor."""
+        if (shape, dtype) not in self._archives:
+            size, parts, (offset,) = lay_out_archive(hole(shape, dtype))
+            self._archives[shape, dtype] = size, parts, offset
+        return self._archives[shape, dtype]
+
+    def add(self, size: int, parts: list[tuple[int, bytes]]) -> tuple[str, int, int]:
+        """Append an archive; returns (file name, first byte, number of bytes)."""
+        if not self._held or self._held[-1][0] > MAX_FILE_BYTES:
+            self._held.append((0, []))
+        begin, before = self._held[-1]
+        before.extend((begin + at, data) for at, data in parts)
+        self._held[-1] = begin + size, before
+        return self._name(len(self._held) - 1), begin, size
+
+    def made(self) -> tuple[NewFile, ...]:
+        """All files."""
+        return tuple(NewFile(self._name(i), size, tuple(parts)) for i, (size, parts) in enumerate(self._held))
+
+    def _name(self, number: int) -> str:
+        return f"__0_{number}.distcp"
+
+
+def _finish(
+    folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject], common: Mapping[str, Any]
+) -> None:
+    """Write what is not tensors; `.metadata`, without which nothing is loaded, comes last."""
+    (folder / "common.pt").write_bytes(archive_bytes(dict(common)))
+    write_json_atomic(folder / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    write_index(folder, tensors, objects)
 
 
 def _stack_layers(
@@ -192,40 +297,6 @@ def _stack_layers(
     return {key: StoredTensor(dtypes[key], size, tuple(chunks[key])) for key, size in sizes.items()}
 
 
-def write_torch_dist(
-    folder: Path,
-    reader: ModelReader,
-    plan: list[PlannedTensor],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Write a planned checkpoint, all but its manifest; `.metadata` comes last.
-
-    Returns:
-        {"files": number of data files, "bytes": bytes of weights, "weights_sha256": digest of the
-        weights in HF order, without padding}.
-    """
-    digest, done = WeightsDigest(), 0
-    total = sum(num_bytes(chunk.size, tensor.dtype) for tensor in plan for chunk in tensor.chunks)
-    tensors: dict[str, StoredTensor] = {}
-    objects: dict[str, StoredObject] = {}
-    with DataFiles(folder) as files:
-        for tensor in plan:
-            chunks = []
-            for chunk in tensor.chunks:
-                place = files.save(_fill(reader, chunk, tensor.dtype, digest))
-                chunks.append(Chunk(chunk.offset, chunk.size, *place))
-                done += num_bytes(chunk.size, tensor.dtype)
-                if on_progress is not None:
-                    on_progress(done, total)
-            tensors[tensor.key] = StoredTensor(tensor.dtype, tensor.size, tuple(chunks))
-        for key in _extra_state_keys(reader.llama.num_layers):
-            objects[key] = StoredObject(*files.save([None]))
-    torch.save({"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}, folder / "common.pt")
-    write_json_atomic(folder / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    write_index(folder, tensors, objects)
-    return {"files": files.count, "bytes": total, "weights_sha256": digest.hexdigest()}
-
-
 def _extra_state_keys(num_layers: int) -> list[str]:
     """megatron-core refuses a checkpoint without these (empty) objects."""
     return [
@@ -233,57 +304,3 @@ def _extra_state_keys(num_layers: int) -> list[str]:
         for module in EXTRA_STATE_MODULES
         for layer in range(num_layers)
     ]
-
-
-def _fill(reader: ModelReader, chunk: PlannedChunk, dtype: torch.dtype, digest: WeightsDigest) -> Tensor:
-    """The tensor of a planned chunk, its padding zero."""
-    filled = new_tensor(chunk.size, dtype)
-    rows = filled[0] if chunk.stacked else filled
-    for piece in chunk.pieces:
-        part = reader.read_rows(piece.name, piece.source_row, piece.source_row + piece.rows)
-        digest.update(piece.name, dtype, reader.shape(piece.name), part)
-        rows[piece.row : piece.row + piece.rows] = part
-    return filled
-
-
-class DataFiles:
-    """The `.distcp` files of a checkpoint, one archive after the other.
-
-    The CRCs inside the archives are left out: torch never checks them, and they cost a third of the time.
-
-    Args:
-        folder: where they go.
-        name: what their names begin with.
-    """
-
-    def __init__(self, folder: Path, name: str = "__0") -> None:
-        self._folder, self._begin, self.count = folder, name, 0
-        self._file: BinaryIO | None = None
-        self._name = ""
-
-    def __enter__(self) -> DataFiles:
-        self._checksums = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.serialization.set_crc32_options(self._checksums)
-        self._close()
-
-    def save(self, value: Any) -> tuple[str, int, int]:
-        """Append a value; returns (file name, first byte, number of bytes)."""
-        if self._file is None or self._file.tell() > MAX_FILE_BYTES:
-            self._close()
-            self._name = f"{self._begin}_{self.count}.distcp"
-            self._file = open(self._folder / self._name, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by _close
-            self.count += 1
-        start = self._file.tell()
-        torch.save(value, self._file)
-        return self._name, start, self._file.tell() - start
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None

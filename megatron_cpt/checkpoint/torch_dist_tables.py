@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_cpt.checkpoint.chunks import BoxReader, DataFiles
 from megatron_cpt.checkpoint.files import file_inside, require_space
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, STORED_EMBEDDING, STORED_HEAD
 from megatron_cpt.checkpoint.metadata import Chunk, StoredTensor, read_index, write_index
 from megatron_cpt.checkpoint.reader import BLOCK_BYTES, WeightsDigest, num_bytes, read_blocks, row_blocks
 from megatron_cpt.checkpoint.tables import Matrix, NewTable, Progress, Rows, Table, carry, filled
-from megatron_cpt.checkpoint.torch_dist import BoxReader, DataFiles, open_torch_dist
+from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.errors import CheckpointError
 
 _MATRICES: dict[str, tuple[Matrix, str]] = {STORED_EMBEDDING: ("embedding", EMBEDDING), STORED_HEAD: ("head", HEAD)}
@@ -47,7 +48,7 @@ class TorchDistTables:
         self.reader = open_torch_dist(folder)
         self.tied = self.reader.llama.tied_embeddings
         self.vocab_size: int | None = self.reader.vocab_size
-        self.divisor = int(self.reader.manifest.get("vocab_divisor", 128))
+        self.divisor = int(self.reader.stated.get("vocab_divisor", 128))
         tensors, self._objects = read_index(folder, lambda key: with_optimizer or not _OF_OPTIMIZER.fullmatch(key))
         self._tensors: dict[str, StoredTensor] = tensors
         self.has_optimizer = any(_OF_OPTIMIZER.fullmatch(key) for key in self._tensors)
@@ -89,7 +90,7 @@ class TorchDistTables:
         held = sorted({*held, *(place.file for place in self._objects.values())})
         sizes = {key: num_bytes((table.num_rows, old[key].size[1]), old[key].dtype) for key, table in new.items()}
         require_space(folder, sum(sizes.values()))
-        digest = WeightsDigest() if "weights_sha256" in reader.manifest else None
+        digest = WeightsDigest() if "weights_sha256" in reader.stated else None
         body = [name for name in reader.names() if name not in (EMBEDDING, HEAD)]
         body_bytes = sum(num_bytes(reader.shape(name), reader.dtype(name)) for name in body)
         report = _Report(sum(sizes.values()) + (body_bytes if digest else 0), on_progress)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import CptError, InputError
 
 
 def check_free(folder: Path, error: type[InputError]) -> None:
@@ -45,3 +45,22 @@ def new_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
         os.replace(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
+    """As `new_folder`, but what a killed or interrupted attempt has done is there for the next one.
+
+    Only a failure that another attempt would meet again, one of this tool's own errors, removes it.
+    """
+    check_free(folder, error)
+    staged = folder.with_name(f".{folder.name}.partial")
+    staged.mkdir(parents=True, exist_ok=True)
+    try:
+        yield staged
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(staged, folder)
+    except CptError:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise

@@ -18,6 +18,8 @@ from megatron_cpt import __version__
 from megatron_cpt.errors import InputError
 
 MANIFEST = "manifest.json"
+_SEAL = "manifest_sha256"
+_NO_DIGITS = "-" * 64
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -123,8 +125,28 @@ def write_manifest(path: str | os.PathLike[str], kind: str, inputs: Mapping[str,
         inputs: name -> SHA-256 of everything the artefact was made from.
         fields: whatever the next step has to compare (sizes, true and padded vocabulary, options).
     """
-    manifest = {"kind": kind, "megatron_cpt": __version__, "inputs": dict(sorted(inputs.items())), **fields}
-    write_json_atomic(path, manifest)
+    write_json_atomic(path, _manifest(kind, inputs, fields))
+
+
+def write_sealed_manifest(path: str | os.PathLike[str], kind: str, inputs: Mapping[str, str], **fields: Any) -> None:
+    """As `write_manifest`, with a hash of the file itself at its end, for `is_intact`."""
+    sealed = {**_manifest(kind, inputs, fields), _SEAL: _NO_DIGITS}
+    text = json.dumps(sealed, indent=2, ensure_ascii=False) + "\n"
+    write_text_atomic(path, text.replace(_NO_DIGITS, sha256_bytes(text.encode())))
+
+
+def _manifest(kind: str, inputs: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kind": kind, "megatron_cpt": __version__, "inputs": dict(sorted(inputs.items())), **fields}
+
+
+def is_intact(path: str | os.PathLike[str]) -> bool:
+    """Whether a sealed manifest is byte for byte as it was written."""
+    data = Path(path).read_bytes()
+    found = re.search(rb'"' + _SEAL.encode() + rb'": "([0-9a-f]{64})"\n}\n\Z', data)
+    return (
+        found is not None
+        and sha256_bytes(data[: found.start(1)] + _NO_DIGITS.encode() + data[found.end(1) :]) == found[1].decode()
+    )
 
 
 def read_manifest(path: str | os.PathLike[str], kind: str, error: type[InputError] = InputError) -> dict[str, Any]:

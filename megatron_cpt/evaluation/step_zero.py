@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_cpt.checkpoint import LlamaForward, TorchDistReader, open_checkpoint
+from megatron_cpt.checkpoint import LlamaForward, StoredModel, open_checkpoint
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.checkpoint.mp_rank_tables import is_mp_rank
@@ -221,8 +221,8 @@ def _padding(new: ModelReader, vocab_size: int, key: str, row_bytes: int) -> Ite
     """The stored rows beyond the vocabulary; a torch_dist folder does not count them, config.json does."""
     for start, stop in row_blocks(new.shape(key)[0] - vocab_size, row_bytes, _BLOCK_BYTES):
         yield new.read_rows(key, vocab_size + start, vocab_size + stop)
-    if isinstance(new, TorchDistReader):
-        yield new.padding(key)
+    if isinstance(new, StoredModel):
+        yield new.read_padding(key)
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,9 @@ def test_any_cut_is_the_same_model(cuts, tied: bool, make_model, tmp_path: Path)
     convert(source, tmp_path / "stored", "torch_dist")
     cut = tmp_path / "cut"
     cut.mkdir()
-    shutil.copy(tmp_path / "stored" / "manifest.json", cut)
+    manifest = json.loads((tmp_path / "stored" / "manifest.json").read_text())
+    manifest = {key: value for key, value in manifest.items() if key not in ("files", "manifest_sha256")}
+    (cut / "manifest.json").write_text(json.dumps(manifest))
     write_cut(cut, read_with_torch(tmp_path / "stored"), cuts)
     verify(source, cut)
     reader, whole = open_torch_dist(cut), open_torch_dist(tmp_path / "stored")

@@ -65,7 +65,7 @@ def test_manifest_of_a_stored_checkpoint(make_model, tmp_path: Path) -> None:
     assert (manifest["vocab_size"], manifest["padded_vocab_size"]) == (133, 256)
     assert manifest["shape"] == open_hf(source).llama
     assert manifest["inputs"]["config.json"] == sha256_file(source / "config.json")
-    padding = open_torch_dist(tmp_path / "stored").padding("lm_head.weight")
+    padding = open_torch_dist(tmp_path / "stored").read_padding("lm_head.weight")
     assert padding.shape == (123, 32) and not padding.any()
 
 
@@ -149,8 +149,7 @@ def test_dry_run_writes_nothing(make_model, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"to": "hf"}, "expected the other"),
-        ({"to": "mp_rank"}, "expected the other"),
+        ({"to": "onnx"}, "got the format 'onnx', expected one of hf, torch_dist"),
         ({"to": "torch_dist", "dtype": "int8"}, "expected one of float32"),
         ({"to": "torch_dist", "vocab_divisor": 0}, "expected 1 or more"),
     ],
@@ -172,7 +171,7 @@ def test_existing_work_is_never_touched(make_model, tmp_path: Path) -> None:
         write_hf(source, [("x", (1,), torch.float32, lambda: torch.zeros(1))], {})
 
 
-def test_a_failure_leaves_nothing_behind(make_model, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_goes_on(make_model, tmp_path: Path) -> None:
     source = make_model(tmp_path / "hf")
 
     def stop(done: int, total: int) -> None:
@@ -182,14 +181,33 @@ def test_a_failure_leaves_nothing_behind(make_model, tmp_path: Path) -> None:
     convert(source, tmp_path / "stored", "torch_dist")
     for to, start in (("torch_dist", source), ("hf", tmp_path / "stored")):
         with pytest.raises(KeyboardInterrupt):
-            convert(start, tmp_path / "out", to, on_progress=stop)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "stored"]
-    # What a killed process leaves is replaced.
-    (tmp_path / ".out.partial").mkdir()
+            convert(start, tmp_path / "out", to, workers=1, on_progress=stop)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "hf", "stored"]
+        assert 0 < convert(start, tmp_path / "out", to)["resumed"] < 30
+        verify(start, tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+    # What is left of another conversion is not gone on with, even where its files have the same names.
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", "torch_dist", on_progress=stop)
     (tmp_path / ".out.partial" / ".metadata").write_text("half")
-    convert(source, tmp_path / "out", "torch_dist")
+    assert convert(source, tmp_path / "out", "torch_dist", dtype="bfloat16")["resumed"] == 0
     verify(source, tmp_path / "out")
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_what_an_earlier_attempt_wrote_is_proved_not_believed(make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf")
+
+    def stop(done: int, total: int) -> None:
+        if done * 2 > total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", "torch_dist", workers=1, on_progress=stop)
+    file = tmp_path / ".out.partial" / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))  # as a machine that lost power may leave it
+    assert convert(source, tmp_path / "out", "torch_dist")["resumed"] == 0
+    verify(source, tmp_path / "out")
 
 
 def test_a_full_disk_is_noticed_before_writing(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,11 +362,11 @@ def test_chunks_that_are_not_what_the_index_says(stored: Path, tmp_path: Path) -
     marker = tmp_path / "ran"
     filler = torch.zeros(256, 32)
     cases = [
-        (archive([Payload(marker), filler]), "damaged or unsafe"),
-        (archive({"a": filler}), "the index says"),
+        (archive([Payload(marker), filler]), "is list, expected a tensor"),
+        (archive({"a": filler}), "is dict, expected a tensor"),
         (archive(torch.zeros(256, 33)), "the index says"),
         (archive(filler.half().repeat(2, 1)), "the index says"),
-        (bomb(), "claim more bytes"),
+        (bomb(), "damaged or unsafe"),
         (b"\0" * 40_000, "damaged or unsafe"),
     ]
     for content, message in cases:

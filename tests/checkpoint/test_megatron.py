@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_cpt.checkpoint import LlamaForward, convert, open_hf, show, verify, write_checkpoint_manifest
-from megatron_cpt.checkpoint.plan import plan_torch_dist
-from megatron_cpt.checkpoint.torch_dist import write_torch_dist
+from megatron_cpt.checkpoint.execute import Journal, execute
+from megatron_cpt.checkpoint.torch_dist import lay_out_torch_dist
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {
@@ -32,9 +32,12 @@ def job(tmp_path_factory: pytest.TempPathFactory, make_model) -> Path:
     for name, changes in CASES.items():
         here = folder / name
         reader = open_hf(make_model(here / "hf", VOCAB_SIZE, **changes))
-        plan = plan_torch_dist(reader, PADDED, block_bytes=5_000)  # tables in several chunks, cut across the padding
+        dtypes = {name: reader.dtype(name) for name in reader.names()}
+        # tables in several chunks, cut across the padding
+        layout = lay_out_torch_dist(reader, dtypes, PADDED, block_bytes=5_000)
         (here / "torch_dist").mkdir()
-        write_torch_dist(here / "torch_dist", reader, plan)
+        execute(reader, layout, here / "torch_dist", Journal(here / "torch_dist", "key"), 2)
+        layout.finish(here / "torch_dist")
         write_checkpoint_manifest(here / "torch_dist", reader.llama, VOCAB_SIZE, PADDED, None, {})
         torch.save(
             torch.randint(0, VOCAB_SIZE, (2, LENGTH), generator=torch.Generator().manual_seed(1)), here / "tokens.pt"

@@ -185,7 +185,7 @@ def test_token_outside_the_vocabulary_ends_the_job(
     assert error.startswith(f"error: {prefix}.bin: ") and error.endswith("expected 0 to 249; build the dataset again\n")
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
     reader = open_torch_dist(last_checkpoint(tmp_path / "run"))
-    assert reader.manifest["step"] == 2 and all(reader.read(name).isfinite().all() for name in reader.names())
+    assert reader.stated["step"] == 2 and all(reader.read(name).isfinite().all() for name in reader.names())
 
 
 def test_a_loss_or_gradient_that_is_no_number_is_never_saved(tiny: Tiny) -> None:
@@ -216,7 +216,7 @@ def test_a_loss_or_gradient_that_is_no_number_is_never_saved(tiny: Tiny) -> None
         assert f" and {last_checkpoint(tiny.root / name)} holds the last good state: " in error
         assert [record["step"] for record in metrics[name]] == [0, 1]
         reader = open_torch_dist(last_checkpoint(tiny.root / name))
-        assert reader.manifest["step"] == 1 and all(reader.read(tensor).isfinite().all() for tensor in reader.names())
+        assert reader.stated["step"] == 1 and all(reader.read(tensor).isfinite().all() for tensor in reader.names())
 
 
 def test_hf_checkpoint_with_its_own_tokenizer(refused: Refused, stranger: Path, tiny: Tiny, tmp_path: Path) -> None:

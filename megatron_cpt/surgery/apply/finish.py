@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.hf_tables import HFTables
-from megatron_cpt.checkpoint.manifest import KIND, write_checkpoint_manifest
+from megatron_cpt.checkpoint.manifest import KIND, SEALS, write_checkpoint_manifest
 from megatron_cpt.checkpoint.tables import VocabTables, carry
 from megatron_cpt.checkpoint.tokenizer_files import MODEL_FILES, SIDE_FILES, copy_tokenizer
 from megatron_cpt.checkpoint.torch_dist_tables import TorchDistTables
@@ -23,7 +23,7 @@ _REPLACED = {CONFIG, GENERATION, MANIFEST, *MODEL_FILES, *SIDE_FILES, "vocab_map
 _REPLACED |= {"surgery_certificate.json"}  # of the surgery that made the source
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ABOUT_THE_OLD = {"kind", "megatron_cpt", "inputs", "format", "shape", "vocab_size", "padded_vocab_size"}
-_ABOUT_THE_OLD |= {"tokenizer_sha256", "weights_sha256", "surgery", "vocab_divisor", *_IDS}
+_ABOUT_THE_OLD |= {"tokenizer_sha256", "weights_sha256", "surgery", "vocab_divisor", *_IDS, *SEALS}
 
 
 def finish(
@@ -48,7 +48,7 @@ def finish(
     """
     source = old.folder
     before = read_json(source / MANIFEST, CheckpointError) if (source / MANIFEST).exists() else None
-    record = {**record, "manifest": before}
+    record = {**record, "manifest": before and {key: value for key, value in before.items() if key not in SEALS}}
     inputs = {"plan": plan.sha256, "old_tokenizer": plan.old_sha256}
     if before is not None:
         inputs[MANIFEST] = sha256_file(source / MANIFEST)
@@ -61,10 +61,11 @@ def finish(
         # Its config.json has one size, that of the tables.
         write_checkpoint_manifest(folder, old.reader.llama, padded, padded, plan.new_sha256, inputs, **stated)
     elif isinstance(old, TorchDistTables):
-        stated = {name: value for name, value in old.reader.manifest.items() if name not in _ABOUT_THE_OLD}
-        stated |= {name: old.reader.manifest[name] for name in _IDS if name in old.reader.manifest}
+        stated = {name: value for name, value in old.reader.stated.items() if name not in _ABOUT_THE_OLD}
+        stated |= {name: old.reader.stated[name] for name in _IDS if name in old.reader.stated}
         stated = adapted_ids(stated, plan, tokenizer) if any(name in stated for name in _IDS) else stated
         stated |= {"vocab_divisor": facts["divisor"], "surgery": {**facts, "undo": record}, **weights}
+        copy_tokenizer(tokenizer.path, folder)
         write_checkpoint_manifest(folder, old.reader.llama, plan.new_size, padded, plan.new_sha256, inputs, **stated)
     else:
         sizes = {"vocab_size": plan.new_size, "padded_vocab_size": padded, "tokenizer_sha256": plan.new_sha256}
@@ -76,8 +77,9 @@ def _finish_folder(folder: Path, old: HFTables, plan: SurgeryPlan, tokenizer: To
     """Configs, tokenizer and documents of a Hugging Face folder; returns the old configs."""
     carry_documents(old.folder, folder)
     path = old.folder / GENERATION
+    old_config = read_json(old.folder / CONFIG, CheckpointError)
     generation = read_json(path, CheckpointError) if path.is_file() else None
-    config = adapted_ids(old.reader.config, plan, tokenizer)
+    config = adapted_ids(old_config, plan, tokenizer)
     if isinstance(generation, dict):
         write_json_atomic(folder / GENERATION, adapted_ids(generation, plan, tokenizer))
     else:
@@ -85,7 +87,7 @@ def _finish_folder(folder: Path, old: HFTables, plan: SurgeryPlan, tokenizer: To
         write_json_atomic(folder / GENERATION, {"_from_model_config": True, **ends})
     copy_tokenizer(tokenizer.path, folder)
     write_json_atomic(folder / CONFIG, {**config, "vocab_size": padded})
-    return {"config": old.reader.config, "generation_config": generation}
+    return {"config": old_config, "generation_config": generation}
 
 
 def carry_documents(source: Path, folder: Path) -> None:

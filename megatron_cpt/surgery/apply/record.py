@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cpt.checkpoint.files import new_tensor
-from megatron_cpt.checkpoint.huggingface import Entry, write_shard
+from megatron_cpt.checkpoint.hf_writer import Entry, write_shard
 from megatron_cpt.checkpoint.reader import WeightsDigest, bits, raw_bytes
 from megatron_cpt.checkpoint.tables import Table, VocabTables
 from megatron_cpt.config.manifest import sha256_bytes, sha256_file

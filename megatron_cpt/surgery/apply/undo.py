@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.hf_tables import HFTables
 from megatron_cpt.checkpoint.manifest import KIND, write_checkpoint_manifest
+from megatron_cpt.checkpoint.mp_rank_tables import MpRankTables
 from megatron_cpt.checkpoint.opening import open_tables
 from megatron_cpt.checkpoint.reader import raw_bytes
 from megatron_cpt.checkpoint.tables import NewTable, Progress, Rows
@@ -40,7 +41,7 @@ def undo_surgery(
         plan: the plan that was applied.
         source: what `apply_surgery` wrote.
         destination: a new or empty folder; it appears when it is complete.
-        tokenizer: folder or file of the old tokenizer, to go along to a Hugging Face folder; None: none goes along.
+        tokenizer: folder or file of the old tokenizer, to go along where the format has room; None: none goes along.
         on_progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -76,7 +77,9 @@ def undo_surgery(
                     "take the old checkpoint itself"
                 )
         if isinstance(new, HFTables):
-            _finish_folder(folder, new, record, None if tokenizer is None else Path(tokenizer))
+            _finish_folder(folder, new, record)
+        if not isinstance(new, MpRankTables):
+            copy_tokenizer(None if tokenizer is None else Path(tokenizer), folder)
         if record["manifest"] is not None:
             write_json_atomic(folder / MANIFEST, record["manifest"])
         elif isinstance(new, HFTables):
@@ -118,9 +121,8 @@ def _record(plan: SurgeryPlan, source: Path) -> dict[str, Any]:
     return record
 
 
-def _finish_folder(folder: Path, new: HFTables, record: dict[str, Any], tokenizer: Path | None) -> None:
+def _finish_folder(folder: Path, new: HFTables, record: dict[str, Any]) -> None:
     carry_documents(new.folder, folder)
-    copy_tokenizer(tokenizer, folder)
     if record["generation_config"] is not None:
         write_json_atomic(folder / GENERATION, record["generation_config"])
     write_json_atomic(folder / CONFIG, record["config"])

@@ -1,0 +1,298 @@
+"""Where the bytes of a model lie, the same for every format: tensors by Hugging Face name, made of runs of rows.
+
+A format is known by two things: a function that reads headers and says where each tensor lies (`StoredModel`), and
+one that lays out new files and says where each tensor goes (`layout.NewLayout`). What moves, compares and hashes
+tensors (`execute`, `verify`) knows nothing of formats.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.checkpoint.files import new_tensor
+from megatron_cpt.checkpoint.llama import hf_shapes
+from megatron_cpt.checkpoint.reader import BLOCK_BYTES, bits, num_bytes, raw_bytes, row_blocks
+from megatron_cpt.config.schema import LlamaShape
+from megatron_cpt.errors import CheckpointError
+
+WEIGHTS = "weights"
+# State of an optimizer is named like the weight it belongs to: "exp_avg/model.norm.weight".
+STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A rectangle of a tensor, and the rows of a file that hold it.
+
+    Attributes:
+        file: path below the checkpoint's folder.
+        offset: of the first row's first byte.
+        pitch: bytes from one row to the next; `columns` elements when the rows lie densely.
+        row, rows, column, columns: the rectangle. A tensor of one dimension has rows of one column.
+    """
+
+    file: str
+    offset: int
+    pitch: int
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor and the runs that it consists of, by row and column."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    runs: tuple[Run, ...]
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return self.shape[1] if len(self.shape) == 2 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of a stored matrix, and where it lies: what a file or a chunk of one holds."""
+
+    file: str
+    offset: int
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`rows` rows of an HF tensor from `row` on, which are every `step`-th of a stored matrix from `stored` on."""
+
+    row: int
+    stored: int
+    rows: int
+    step: int = 1
+
+
+def place(shape: tuple[int, ...], dtype: torch.dtype, rows: Iterable[Rows], boxes: Sequence[Box]) -> Placed:
+    """Where a tensor lies whose rows are in a stored matrix that is cut into boxes.
+
+    Boxes that were cut between rows that `step` keeps apart are not needed by any format, and refused.
+    """
+    runs = []
+    itemsize = dtype.itemsize
+    for part in rows:
+        end = part.stored + (part.rows - 1) * part.step
+        for box in boxes:
+            first, last = max(part.stored, box.row), min(end, box.row + box.rows - 1)
+            if first > last:
+                continue
+            skipped, rest = divmod(first - part.stored, part.step)
+            if rest or (part.step > 1 and (first, last) != (part.stored, end)):
+                raise CheckpointError(f"{box.file}: it is cut inside a head, which has to be whole")
+            pitch = box.columns * itemsize
+            offset = box.offset + (first - box.row) * pitch
+            count = (last - first) // part.step + 1
+            runs.append(Run(box.file, offset, pitch * part.step, part.row + skipped, count, box.column, box.columns))
+    return Placed(shape, dtype, tuple(sorted(runs, key=lambda run: (run.row, run.column))))
+
+
+def check_cover(name: str, placed: Placed) -> None:
+    """Raise CheckpointError unless the runs cover the tensor exactly once."""
+    rows, columns = placed.shape[0] if placed.shape else 1, placed.columns
+    area = 0
+    active: list[Run] = []
+    for run in placed.runs:  # by row and column
+        if run.row + run.rows > rows or run.column + run.columns > columns or min(run.row, run.column) < 0:
+            raise CheckpointError(f"{name}: rows {run.row} to {run.row + run.rows} of {run.file} lie outside of it")
+        active = [other for other in active if other.row + other.rows > run.row]
+        for other in active:
+            if other.column < run.column + run.columns and run.column < other.column + other.columns:
+                raise CheckpointError(f"{name}: its row {run.row} is stored twice, in {other.file} and {run.file}")
+        active.append(run)
+        area += run.rows * run.columns
+    if area != rows * columns:
+        raise CheckpointError(
+            f"{name}: {area} of its {rows * columns} elements are stored; a part of the checkpoint is missing"
+        )
+
+
+@dataclass
+class StoredModel:
+    """A Llama on disk, in any format; only headers have been read.
+
+    Attributes:
+        folder: of the checkpoint.
+        format: "hf", "torch_dist", "mp_rank", "meta" or "nxd".
+        llama: its architecture.
+        vocab_size: the true one.
+        padded_vocab_size: rows that are stored.
+        tensors: weights by HF name, state of an optimizer by "<state>/<HF name>".
+        padding: of the vocabulary tables, the rows beyond the true vocabulary.
+        copies: where a tensor lies a second time, as norms do on every tensor-parallel rank.
+        stated: what the format says beside: a manifest's fields, or those of config.json.
+        layout: how it is cut, e.g. {"tensor_parallel": 8}.
+    """
+
+    folder: Path
+    format: str
+    llama: LlamaShape
+    vocab_size: int
+    padded_vocab_size: int
+    tensors: dict[str, Placed]
+    padding: dict[str, Placed] = field(default_factory=dict)
+    copies: dict[str, tuple[Placed, ...]] = field(default_factory=dict)
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._first_rows = {name: [run.row for run in placed.runs] for name, placed in self.tensors.items()}
+        self._highest = {
+            name: max((run.rows for run in placed.runs), default=0) for name, placed in self.tensors.items()
+        }
+
+    def names(self) -> list[str]:
+        """Hugging Face names of the weights, in the order of a forward pass."""
+        return list(hf_shapes(self.llama, self.vocab_size))
+
+    def state_names(self) -> list[str]:
+        """Names of the optimizer's state."""
+        return [name for name in self.tensors if name.split("/", 1)[0] in STATES]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, the vocabulary without its padding."""
+        return self._placed(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return self._placed(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        shape = self.shape(name)
+        return self.read_rows(name, 0, shape[0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor."""
+        placed = self._placed(name)
+        if not 0 <= start <= stop <= placed.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {name}, which has {placed.shape[0]}")
+        out = new_tensor((stop - start, *placed.shape[1:]), placed.dtype)
+        self.read_into(name, start, out)
+        return out
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill a contiguous tensor with its rows from `start` on."""
+        placed = self._placed(name)
+        runs, firsts = placed.runs, self._first_rows[name]
+        low = bisect_right(firsts, start - self._highest[name])
+        high = bisect_right(firsts, start + len(out) - 1)
+        _fill(self.folder, runs[low:high], placed, start, out)
+
+    def check_copies(self, name: str, start: int, rows: Tensor) -> None:
+        """Raise CheckpointError unless every copy of a tensor holds these rows from `start` on, bit for bit."""
+        for copy in self.copies.get(name, ()):
+            other = new_tensor(tuple(rows.shape), rows.dtype)
+            _fill(self.folder, copy.runs, copy, start, other)
+            if not torch.equal(bits(rows), bits(other)):
+                raise CheckpointError(
+                    f"{self.folder}: {name} in {copy.runs[0].file} differs from its copy in "
+                    f"{self.tensors[name].runs[0].file}; the files are of two models, or damaged"
+                )
+
+    def read_padding(self, name: str) -> Tensor:
+        """The stored rows of a vocabulary table beyond the true vocabulary."""
+        placed = self.padding.get(name)
+        if placed is None:
+            return new_tensor((0, *self.shape(name)[1:]), self.dtype(name))
+        out = new_tensor(placed.shape, placed.dtype)
+        _fill(self.folder, placed.runs, placed, 0, out)
+        return out
+
+    def _placed(self, name: str) -> Placed:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: there is no tensor {name!r}")
+        return self.tensors[name]
+
+
+def same_rows(folder: Path, one: Placed, other: Placed) -> bool:
+    """Whether two stored tensors are the same bit for bit; read in blocks."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    for start, stop in row_blocks(one.shape[0], num_bytes(one.shape[1:], one.dtype), BLOCK_BYTES):
+        blocks = [new_tensor((stop - start, *one.shape[1:]), one.dtype) for _ in range(2)]
+        for placed, block in zip((one, other), blocks, strict=True):
+            _fill(folder, placed.runs, placed, start, block)
+        if not torch.equal(bits(blocks[0]), bits(blocks[1])):
+            return False
+    return True
+
+
+def _fill(folder: Path, runs: Iterable[Run], placed: Placed, start: int, out: Tensor) -> None:
+    """Put what the runs hold of rows [start, start + len(out)) into place."""
+    matrix = out.view(len(out), placed.columns)
+    itemsize = placed.dtype.itemsize
+    for run in runs:
+        first, last = max(start, run.row), min(start + len(out), run.row + run.rows)
+        if first >= last:
+            continue
+        offset, row_bytes = run.offset + (first - run.row) * run.pitch, run.columns * itemsize
+        target = matrix[first - start : last - start, run.column : run.column + run.columns]
+        if target.is_contiguous() and run.pitch == row_bytes:
+            read_exactly(folder / run.file, offset, raw_bytes(target))
+            continue
+        held = new_tensor(((last - first - 1) * (run.pitch // itemsize) + run.columns,), placed.dtype)
+        read_exactly(folder / run.file, offset, raw_bytes(held))
+        target.copy_(held.as_strided((last - first, run.columns), (run.pitch // itemsize, 1)))
+
+
+def read_exactly(path: Path, offset: int, view: memoryview) -> None:
+    """Fill a buffer from a file; raises CheckpointError where the file ends before."""
+    done = 0
+    with open(path, "rb", buffering=0) as file:
+        while done < len(view):
+            got = os.preadv(file.fileno(), [view[done:]], offset + done)
+            if not got:
+                raise CheckpointError(f"{path} ended {len(view) - done} bytes early; it was cut short, copy it again")
+            done += got
+
+
+def write_runs(folder: Path, placed: Placed, start: int, rows: Tensor, runs: Iterable[Run]) -> None:
+    """Write rows [start, start + len(rows)) of a tensor to where the runs say, in files that are there."""
+    matrix = rows.view(len(rows), placed.columns)
+    for run in runs:
+        first, last = max(start, run.row), min(start + len(rows), run.row + run.rows)
+        if first >= last:
+            continue
+        part = matrix[first - start : last - start, run.column : run.column + run.columns].contiguous()
+        offset, view = run.offset + (first - run.row) * run.pitch, raw_bytes(part)
+        with open(folder / run.file, "r+b", buffering=0) as file:
+            row_bytes = run.columns * placed.dtype.itemsize
+            if run.pitch == row_bytes:
+                write_exactly(file.fileno(), offset, view)
+            else:
+                for row in range(last - first):
+                    at = row * row_bytes
+                    write_exactly(file.fileno(), offset + row * run.pitch, view[at : at + row_bytes])
+
+
+def write_exactly(descriptor: int, offset: int, view: memoryview | bytes) -> None:
+    """Write all of a buffer at a place of an open file."""
+    done = 0
+    while done < len(view):
+        done += os.pwritev(descriptor, [view[done:]], offset + done)
+
+
+def total_bytes(model: StoredModel, names: Iterable[str]) -> int:
+    """Bytes of some of a model's tensors, without padding."""
+    return sum(num_bytes(model.shape(name), model.dtype(name)) for name in names)
