@@ -27,25 +27,24 @@ def tiny_shape(**changes: object) -> LlamaShape:
     return LlamaShape.model_validate({**sizes, **changes})
 
 
+def write_model(
+    folder: Path, vocab_size: int = 133, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
+) -> Path:
+    """Write a random Llama of the tiny shape with `changes` as an HF folder, and return the folder."""
+    shape = tiny_shape(**changes)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(size: tuple[int, ...]) -> torch.Tensor:
+        noise = torch.randn(size, generator=generator) * 0.15
+        return (noise + 1 if len(size) == 1 else noise).to(dtype)
+
+    entries = [(name, size, dtype, lambda size=size: draw(size)) for name, size in hf_shapes(shape, vocab_size).items()]
+    config = hf_config(shape, vocab_size, str(dtype).removeprefix("torch."), 1, 2)
+    write_hf(folder, entries, config, max_shard_bytes=60_000)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def make_model() -> ModelMaker:
     """Writes a random Llama as an HF folder: make_model(folder, shape changes, vocab_size=, dtype=)."""
-
-    def make(
-        folder: Path, vocab_size: int = 133, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
-    ) -> Path:
-        shape = tiny_shape(**changes)
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(size: tuple[int, ...]) -> torch.Tensor:
-            noise = torch.randn(size, generator=generator) * 0.15
-            return (noise + 1 if len(size) == 1 else noise).to(dtype)
-
-        entries = [
-            (name, size, dtype, lambda size=size: draw(size)) for name, size in hf_shapes(shape, vocab_size).items()
-        ]
-        config = hf_config(shape, vocab_size, str(dtype).removeprefix("torch."), 1, 2)
-        write_hf(folder, entries, config, max_shard_bytes=60_000)
-        return folder
-
-    return make
+    return write_model

@@ -75,11 +75,11 @@ class Job:
             }
         )
 
-    def run(self) -> None:
+    def run(self, timeout_seconds: float | None = 300) -> None:
         (self.folder / "cases.json").write_text(json.dumps(self.cases))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.checkpoint.layouts_job", str(self.folder)]
-        subprocess.run(command, env=environment, check=True, timeout=300)
+        subprocess.run(command, env=environment, check=True, timeout=timeout_seconds)
 
     def output(self, kind: str, layout: Layout, name: str) -> Any:
         return torch.load(self.folder / f"{kind}-{layout.name}-{name}.pt")
