@@ -47,7 +47,7 @@ def stored(hf: Path, folder: Path, kind: str, layout: Layout) -> tuple[Path, int
     folder = folder / kind
     if kind == "mp_rank":
         folder /= layout.name
-        arguments = {"tp": layout.tensor, "pp": layout.pipeline, "vpp": layout.virtual, "spec": "local"}
+        arguments = {"tp": layout.tensor, "pp": layout.pipeline, "vpp": layout.virtual or 1, "spec": "local"}
     if not folder.exists():
         convert(hf, folder, kind, **arguments)
     return folder, read_json(folder / "manifest.json", CheckpointError)["padded_vocab_size"]
