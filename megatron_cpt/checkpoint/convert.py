@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_cpt import __version__
+from megatron_cpt.checkpoint.described import Hints
 from megatron_cpt.checkpoint.execute import Journal, execute, num_workers, peak_bytes
 from megatron_cpt.checkpoint.files import require_space
 from megatron_cpt.checkpoint.hf_config import CONFIG, hf_config
@@ -19,7 +20,8 @@ from megatron_cpt.checkpoint.huggingface import lay_out_hf
 from megatron_cpt.checkpoint.layout import NewLayout, Target, check_layout
 from megatron_cpt.checkpoint.manifest import write_checkpoint_manifest
 from megatron_cpt.checkpoint.model_card import model_card
-from megatron_cpt.checkpoint.opening import Hints, open_checkpoint, state_of_files
+from megatron_cpt.checkpoint.mp_rank import lay_out_mp_rank
+from megatron_cpt.checkpoint.opening import open_checkpoint, state_of_files
 from megatron_cpt.checkpoint.reader import num_bytes, weights_sha256
 from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.checkpoint.seal import seal_files
@@ -31,8 +33,8 @@ from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.lock import lock_folder
 
-Format = Literal["hf", "torch_dist"]
-FORMATS: tuple[Format, ...] = ("hf", "torch_dist")
+Format = Literal["hf", "torch_dist", "mp_rank"]
+FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOCK = ".lock"
 _CARRIED = ("step", "bos_token_id", "eos_token_id")
@@ -149,7 +151,11 @@ def _plan(
     else:
         facts["padded_vocab_size"] = padded_vocab_size(source.vocab_size, target.vocab_divisor)
         facts["vocab_divisor"] = target.vocab_divisor
-        layout = lay_out_torch_dist(source, dtypes, facts["padded_vocab_size"])
+        if target.format == "torch_dist":
+            layout = lay_out_torch_dist(source, dtypes, facts["padded_vocab_size"])
+        else:
+            layout = lay_out_mp_rank(source, dtypes, target, facts["padded_vocab_size"])
+            facts |= {"tp": target.tp, "pp": target.pp, "vpp": target.vpp, "spec": target.spec}
     check_layout(source, layout, dtypes)
     return _Plan(layout, facts, folder)
 

@@ -92,7 +92,7 @@ def check_layout(source: StoredModel, layout: NewLayout, names: Iterable[str]) -
     for name, placed in layout.tensors.items():
         if placed.shape != source.shape(name):
             raise CheckpointError(f"{name}: laid out as {placed.shape}, the source has {source.shape(name)}")
-        for each in (placed, *layout.copies.get(name, ())):
+        for each in (source.tensors[name], placed, *layout.copies.get(name, ())):
             check_cover(name, each)
     for name, placed in layout.padding.items():
         check_cover(f"padding of {name}", placed)

@@ -1,8 +1,5 @@
 """The vocabulary tables of a legacy Megatron checkpoint: one file for each tensor and pipeline rank.
 
-    <folder>/latest_checkpointed_iteration.txt            "release" or a number
-    <folder>/iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt
-
 Rank t of T holds rows [t P / T, (t + 1) P / T) of a table: the first stage the embedding, the last the head.
 """
 
@@ -21,37 +18,32 @@ import torch
 from torch import Tensor
 
 from megatron_cpt.checkpoint.files import new_tensor, require_space
+from megatron_cpt.checkpoint.mp_rank_files import (
+    RANK_FILE,
+    SHARDED_OPTIMIZER,
+    TRACKER,
+    Rank,
+    find_ranks,
+    iteration_folder,
+    tracked_name,
+)
 from megatron_cpt.checkpoint.opaque import load_opaque, save_opaque
 from megatron_cpt.checkpoint.reader import num_bytes
 from megatron_cpt.checkpoint.tables import Matrix, NewTable, Progress, Rows, Table, carry, filled
 from megatron_cpt.config.manifest import write_text_atomic
 from megatron_cpt.errors import CheckpointError
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_FILE = "model_optim_rng.pt"
-_SHARDED_OPTIMIZER = "distrib_optim.pt"
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_ITERATION = re.compile(r"iter_\d{7,}|release")
 # megatron-core's names, flat or nested, and those from before it.
 _TABLE = re.compile(
     r"(?:.*\.)?(?:(word_embeddings\.weight)|((?:output_layer|lm_head|word_embeddings_for_head)\.weight))"
 )
 
 
-@dataclass(frozen=True, order=True)
-class _Rank:
-    """A rank's place in the job, and the name of its folder."""
-
-    stage: int
-    tensor: int
-    name: str
-
-
 @dataclass(frozen=True)
 class _Shard:
     """The part of a table that one rank holds, at a place of nested dicts in its file."""
 
-    rank: _Rank
+    rank: Rank
     keys: tuple[str, ...]
     rows: int
 
@@ -72,16 +64,16 @@ class MpRankTables:
 
     def __init__(self, folder: Path, with_optimizer: bool = True) -> None:
         self.folder = folder
-        self.iteration = _iteration(folder)
+        self.iteration = iteration_folder(folder)
         self.tensor_parallel = 0
         self._shards: dict[str, list[_Shard]] = defaultdict(list)
         self.args: dict[str, Any] = {}
         self.has_optimizer = False
         kinds: dict[str, tuple[Matrix, torch.dtype, int]] = {}
-        for rank in _ranks(self.iteration):
-            held = load_opaque(self.iteration / rank.name / _FILE)
+        for rank in find_ranks(self.iteration):
+            held = load_opaque(self.iteration / rank.name / RANK_FILE)
             self.has_optimizer |= held.get("optimizer") is not None
-            self.has_optimizer |= (self.iteration / rank.name / _SHARDED_OPTIMIZER).exists()
+            self.has_optimizer |= (self.iteration / rank.name / SHARDED_OPTIMIZER).exists()
             self.args = self.args or vars(held.get("args") or Namespace())
             for keys, matrix, table in _find_tables(held):
                 name = f"stage {rank.stage}: {'.'.join(keys)}"
@@ -129,7 +121,7 @@ class MpRankTables:
         whole = new_tensor((table.num_rows, table.width), table.dtype)
         first = 0
         for shard in self._shards[table.name]:
-            found: Any = load_opaque(self.iteration / shard.rank.name / _FILE)
+            found: Any = load_opaque(self.iteration / shard.rank.name / RANK_FILE)
             for key in shard.keys:
                 found = found[key]
             whole[first : first + shard.rows] = found.detach()
@@ -143,7 +135,7 @@ class MpRankTables:
         them when it loads.
         """
         made: dict[str, Rows] = {table.name: new[table.name].make(self.read(table)) for table in self.tables}
-        sizes = {rank: (self.iteration / rank.name / _FILE).stat().st_size for rank in _ranks(self.iteration)}
+        sizes = {rank: (self.iteration / rank.name / RANK_FILE).stat().st_size for rank in find_ranks(self.iteration)}
         require_space(folder, sum(sizes.values()))
         target = folder / self.iteration.name
         files = carried = done = 0
@@ -151,26 +143,26 @@ class MpRankTables:
             source, here = self.iteration / rank.name, target / rank.name
             here.mkdir(parents=True)
             for path in source.iterdir():
-                if path.is_file() and path.name not in (_FILE, _SHARDED_OPTIMIZER):
+                if path.is_file() and path.name not in (RANK_FILE, SHARDED_OPTIMIZER):
                     carry(path, here / path.name)
-            if self._write_rank(rank, here / _FILE, new, made):
+            if self._write_rank(rank, here / RANK_FILE, new, made):
                 files += 1
             else:
-                carry(source / _FILE, here / _FILE)
+                carry(source / RANK_FILE, here / RANK_FILE)
                 carried += 1
             done += size
             if on_progress is not None:
                 on_progress(done, sum(sizes.values()))
-        write_text_atomic(folder / TRACKER, f"{_tracked(self.iteration.name)}\n")
+        write_text_atomic(folder / TRACKER, f"{tracked_name(self.iteration.name)}\n")
         return {
             "files": files,
             "files_carried": carried,
             "bytes": sum(num_bytes((new[t.name].num_rows, t.width), t.dtype) for t in self.tables),
         }
 
-    def _write_rank(self, rank: _Rank, path: Path, new: Mapping[str, NewTable], made: Mapping[str, Rows]) -> bool:
+    def _write_rank(self, rank: Rank, path: Path, new: Mapping[str, NewTable], made: Mapping[str, Rows]) -> bool:
         """Write a rank's file where anything in it changes; whether it does."""
-        held = load_opaque(self.iteration / rank.name / _FILE)
+        held = load_opaque(self.iteration / rank.name / RANK_FILE)
         changed = held.pop("optimizer", None) is not None
         args = held.get("args")
         if isinstance(args, Namespace):
@@ -194,41 +186,6 @@ class MpRankTables:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         return changed
-
-
-def is_mp_rank(folder: Path) -> bool:
-    """Whether a folder looks like a legacy checkpoint."""
-    return (folder / TRACKER).is_file() or any(_RANK.fullmatch(path.name) for path in folder.glob("mp_rank_*"))
-
-
-def _iteration(folder: Path) -> Path:
-    if (folder / TRACKER).is_file():
-        tracked = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-        if tracked != "release" and not re.fullmatch(r"\d{1,12}", tracked):
-            raise CheckpointError(f"{folder / TRACKER} says {tracked[:40]!r}, expected 'release' or a number")
-        return folder / (tracked if tracked == "release" else f"iter_{int(tracked):07d}")
-    if _ITERATION.fullmatch(folder.name):
-        return folder
-    raise CheckpointError(f"{folder} lacks {TRACKER}; give the folder that Megatron was told to load from")
-
-
-def _tracked(name: str) -> str:
-    return name if name == "release" else str(int(name.removeprefix("iter_")))
-
-
-def _ranks(iteration: Path) -> list[_Rank]:
-    """Every rank, in order; none is missing."""
-    paths = sorted(path.name for path in iteration.glob("mp_rank_*"))
-    matches = [match for name in paths if (match := _RANK.fullmatch(name))]
-    ranks = sorted(_Rank(int(match[2] or 0), int(match[1]), match[0]) for match in matches)
-    found = {(rank.stage, rank.tensor) for rank in ranks}
-    stages, tensor = (1 + max((place[axis] for place in found), default=-1) for axis in (0, 1))
-    if not found or len(matches) != len(paths) or len(found) != stages * tensor or len(ranks) != len(found):
-        raise CheckpointError(
-            f"{iteration} holds {', '.join(paths[:4]) or 'no rank'}; expected mp_rank_TT or mp_rank_TT_PPP for every "
-            "tensor and pipeline rank, and no expert ranks: give the whole checkpoint"
-        )
-    return ranks
 
 
 def _find_tables(held: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Matrix, Tensor]]:

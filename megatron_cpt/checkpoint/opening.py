@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_cpt.checkpoint.described import Hints
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.hf_tables import HFTables
 from megatron_cpt.checkpoint.huggingface import open_hf
 from megatron_cpt.checkpoint.metadata import METADATA
-from megatron_cpt.checkpoint.mp_rank_tables import TRACKER, MpRankTables, is_mp_rank
+from megatron_cpt.checkpoint.mp_rank import open_mp_rank
+from megatron_cpt.checkpoint.mp_rank_files import TRACKER, is_mp_rank, iteration_folder
+from megatron_cpt.checkpoint.mp_rank_tables import MpRankTables
 from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.checkpoint.torch_dist_tables import TorchDistTables
 from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What a checkpoint may not say of itself, from its user.
-
-    Attributes:
-        config: a config.json, or the folder of one, that describes the architecture.
-        vocab_size: rows of the vocabulary that an id can reach.
-    """
-
-    config: Path | None = None
-    vocab_size: int | None = None
 
 
 def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hints | None = None) -> StoredModel:
@@ -43,12 +32,17 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
     """
     folder = _newest(Path(folder))
     if (folder / METADATA).exists():
-        return open_torch_dist(folder, with_optimizer)
+        return open_torch_dist(folder, with_optimizer, hints)
+    if is_mp_rank(folder):
+        iteration = iteration_folder(folder)
+        if (iteration / METADATA).exists():  # Megatron tracks both its formats in one way
+            return open_torch_dist(iteration, with_optimizer, hints)
+        return open_mp_rank(folder, hints)
     if (folder / CONFIG).exists():
         return open_hf(folder)
     raise CheckpointError(
-        f"{folder} holds neither {CONFIG} (a Hugging Face model) nor {METADATA} (a torch_dist checkpoint); "
-        "give the folder of the checkpoint itself"
+        f"{folder} holds neither {CONFIG} (a Hugging Face model), nor {METADATA} (a torch_dist checkpoint), nor "
+        f"{TRACKER} (a legacy Megatron checkpoint); give the folder of the checkpoint itself"
     )
 
 

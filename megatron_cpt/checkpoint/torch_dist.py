@@ -7,6 +7,7 @@ may be cut anywhere, layers may be stacked or stored one by one, gate and up tog
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.archive import archive_bytes, lay_out_archive, read_archive
+from megatron_cpt.checkpoint.described import Hints, describe
 from megatron_cpt.checkpoint.files import file_inside
 from megatron_cpt.checkpoint.huggingface import dense
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout, hole
@@ -25,13 +27,12 @@ from megatron_cpt.checkpoint.llama import (
     EXTRA_STATE_MODULES,
     HEAD,
     LAYERS,
+    STORED_EMBEDDING,
     Placement,
-    check_supported,
     hf_shapes,
     placements,
     stored_shapes,
 )
-from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.checkpoint.metadata import (
     Chunk,
     StoredObject,
@@ -42,7 +43,7 @@ from megatron_cpt.checkpoint.metadata import (
 )
 from megatron_cpt.checkpoint.reader import BLOCK_BYTES, num_bytes, row_blocks
 from megatron_cpt.checkpoint.runs import STATES, WEIGHTS, Box, Placed, Rows, StoredModel, place
-from megatron_cpt.config.manifest import write_json_atomic
+from megatron_cpt.config.manifest import MANIFEST, write_json_atomic
 from megatron_cpt.errors import CheckpointError
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -54,24 +55,27 @@ _STORED_STATES = {"master": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_av
 Boxes = dict[tuple[str, int | None], list[Box]]
 
 
-def open_torch_dist(folder: str | Path, with_optimizer: bool = False) -> StoredModel:
-    """Open a `torch_dist` folder with its manifest; only the index and the headers of chunks are read.
+def open_torch_dist(folder: str | Path, with_optimizer: bool = False, hints: Hints | None = None) -> StoredModel:
+    """Open a `torch_dist` folder; only the index and the headers of chunks are read.
 
     Args:
         folder: the checkpoint.
         with_optimizer: find the state of its optimizer too; else that is skipped unread.
+        hints: what a checkpoint of Megatron's, which has no manifest, does not say of itself.
 
     Raises:
         CheckpointError: no manifest, a damaged or hostile index, or tensors that do not match the
             manifest one by one.
     """
     folder = Path(folder)
-    manifest = read_checkpoint_manifest(folder)
-    llama = check_supported(manifest["shape"], str(folder))
-    vocab_size, padded = manifest["vocab_size"], manifest["padded_vocab_size"]
+    index = read_metadata(folder, lambda key: _is_wanted(key, with_optimizer))
+    rows = index[STORED_EMBEDDING].size[0] if STORED_EMBEDDING in index else 0
+    described = describe(folder, _args(folder), rows, hints)
+    llama, vocab_size = described.llama, described.vocab_size
+    padded = described.stated.get("padded_vocab_size", rows)
     sizes = stored_shapes(llama, padded)
     found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    for key, stored in read_metadata(folder, lambda key: _is_wanted(key, with_optimizer)).items():
+    for key, stored in index.items():
         state = _STATE.fullmatch(key)
         if state is None and _OF_OPTIMIZER.match(key):
             raise CheckpointError(
@@ -95,7 +99,16 @@ def open_torch_dist(folder: str | Path, with_optimizer: bool = False) -> StoredM
                 padding[prefix + name] = place(shape, dtype, beyond, boxes[at.key, None])
     if WEIGHTS not in found:
         raise CheckpointError(f"{folder} holds no weights; it is incomplete or of another model")
-    return StoredModel(folder, "torch_dist", llama, vocab_size, padded, tensors, padding, stated=manifest)
+    return StoredModel(folder, "torch_dist", llama, vocab_size, padded, tensors, padding, stated=described.stated)
+
+
+def _args(folder: Path) -> dict[str, Any] | None:
+    """Megatron's arguments, where a training run of it saved them."""
+    if (folder / MANIFEST).exists() or not (folder / "common.pt").exists():
+        return None
+    common = read_archive(file_inside(folder, "common.pt"))
+    args = common.get("args") if isinstance(common, dict) else None
+    return vars(args) if isinstance(args, Namespace) else None
 
 
 def holds_optimizer(folder: str | Path) -> bool:

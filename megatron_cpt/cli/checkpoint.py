@@ -14,27 +14,46 @@ from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
 
 app = typer.Typer(help="Convert, verify and show checkpoints.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(help="Folder of a Hugging Face model or a torch_dist checkpoint.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a checkpoint of any format, or of a training run.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="config.json of the model, where SRC does not say what it is.")
+]
+VocabSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Size of the vocabulary, where SRC does not say what of it is padding.")
+]
 
 
 @app.command()
 def convert(
     src: Folder,
     dst: Annotated[Path, typer.Argument(help="Folder to make; must be new or empty.")],
-    to: Annotated[Literal["hf", "torch_dist"], typer.Option(help="Format to write.")],
-    vocab_divisor: Annotated[int, typer.Option(min=1, help="torch_dist: pad the vocabulary to a multiple.")] = 128,
+    to: Annotated[
+        Literal["hf", "torch_dist", "mp_rank"] | None,
+        typer.Option(help="Format to write; default: hf, or torch_dist where SRC is hf."),
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size of a format cut by rank.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size, likewise.")] = 1,
+    vpp: Annotated[int, typer.Option(min=1, help="Model chunks of each pipeline rank, likewise.")] = 1,
+    spec: Annotated[
+        Literal["te", "local"], typer.Option(help="mp_rank: names of Transformer Engine's or of local modules.")
+    ] = "te",
+    vocab_divisor: Annotated[int, typer.Option(min=1, help="Megatron: pad the vocabulary to a multiple.")] = 128,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; default: the source's own.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast every tensor; default: as it is.")
     ] = None,
+    config: ConfigOption = None,
+    vocab_size: VocabSizeOption = None,
     bos: Annotated[int | None, typer.Option(min=0, help="Id of the token that begins a text.")] = None,
     eos: Annotated[int | None, typer.Option(min=0, help="Id of the token that ends a text.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Tensors at once; default: the cores, up to 8.")] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert SRC to DST tensor by tensor, bit for bit, in the memory of one layer.
+    """Convert SRC to DST tensor by tensor, bit for bit, in the memory of a few blocks.
 
-    No GPU, no process group and no model is built. DST appears only when it is complete.
+    No GPU, no process group and no model is built. DST appears only when it is complete; called again after a kill,
+    the command goes on.
     """
     from megatron_cpt.checkpoint import convert
 
@@ -46,8 +65,14 @@ def convert(
             vocab_divisor,
             tokenizer,
             dtype,
+            tp=tp,
+            pp=pp,
+            vpp=vpp,
+            spec=spec,
+            hints=_hints(config, vocab_size, tokenizer),
             bos_token_id=bos,
             eos_token_id=eos,
+            workers=workers,
             dry_run=dry_run,
             on_progress=advance,
         )
@@ -65,11 +90,27 @@ def verify(src: Folder, dst: Folder, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def show(path: Folder, as_json: JsonOption = False) -> None:
+def show(
+    path: Folder,
+    config: ConfigOption = None,
+    vocab_size: VocabSizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from megatron_cpt.checkpoint import show
 
-    emit(show(path), as_json, _facts)
+    emit(show(path, _hints(config, vocab_size, None)), as_json, _facts)
+
+
+def _hints(config: Path | None, vocab_size: int | None, tokenizer: Path | None) -> Any:
+    """What the user says of a checkpoint; the tokenizer's size counts where no other is given."""
+    from megatron_cpt.checkpoint import Hints
+
+    if vocab_size is None and config is None and tokenizer is not None:
+        from megatron_cpt.tokenizer import load_tokenizer
+
+        vocab_size = load_tokenizer(tokenizer).vocab_size
+    return Hints(config, vocab_size)
 
 
 def _facts(value: dict[str, Any]) -> RenderableType:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_cpt.checkpoint import LlamaForward, StoredModel, open_checkpoint
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
-from megatron_cpt.checkpoint.mp_rank_tables import is_mp_rank
+from megatron_cpt.checkpoint.mp_rank_files import is_mp_rank
 from megatron_cpt.checkpoint.reader import ModelReader, bits, num_bytes, row_blocks
 from megatron_cpt.config.manifest import read_json, write_json_atomic
 from megatron_cpt.data import Document

@@ -1,0 +1,175 @@
+"""What the weights of a Megatron checkpoint are: from our manifest, from Megatron's arguments, or from the user."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
+from megatron_cpt.checkpoint.llama import check_supported
+from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_cpt.config.manifest import MANIFEST, read_json
+from megatron_cpt.config.schema import LlamaShape, RopeScaling
+from megatron_cpt.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a checkpoint may not say of itself, from its user.
+
+    Attributes:
+        config: a config.json, or the folder of one, that describes the architecture.
+        vocab_size: rows of the vocabulary that an id can reach.
+    """
+
+    config: Path | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of a checkpoint before its tensors are looked at."""
+
+    llama: LlamaShape
+    vocab_size: int
+    stated: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Megatron's argument -> the values under which a GPT model of it is a Llama; None: it is not set.
+_OF_A_LLAMA: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("rope",),
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "add_bias_linear": (False,),
+    "add_qkv_bias": (None, False),
+    "rotary_percent": (None, 1.0),
+    "rotary_interleaved": (None, False),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "apply_layernorm_1p": (None, False),
+    "qk_layernorm": (None, False),
+    "multi_latent_attention": (None, False),
+    "num_experts": (None,),
+    "apply_residual_connection_post_layernorm": (None, False),
+    "use_legacy_models": (None, False),
+}
+
+
+def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hints: Hints | None) -> Described:
+    """What the model of a Megatron checkpoint is.
+
+    Args:
+        folder: of the checkpoint; its manifest.json is believed first, if it has one.
+        args: Megatron's arguments that were saved with it, if they were.
+        stored_rows: rows of its embedding, padding included.
+        hints: what the user says; a config there goes before the arguments.
+
+    Raises:
+        CheckpointError: it is no Llama, or nothing says what it is or how many of its rows are padding.
+    """
+    hints = hints or Hints()
+    if (folder / MANIFEST).exists():
+        manifest = read_checkpoint_manifest(folder)
+        return Described(check_supported(manifest["shape"], str(folder)), manifest["vocab_size"], manifest)
+    stated = {} if not args or not args.get("iteration") else {"step": int(args["iteration"])}
+    vocab_size = hints.vocab_size
+    if hints.config is not None:
+        path = hints.config / CONFIG if hints.config.is_dir() else hints.config
+        llama, config_size = parse_hf_config(read_json(path, CheckpointError), str(path))
+        vocab_size = vocab_size or config_size
+    elif args:
+        llama = llama_of_args(args, str(folder))
+        vocab_size = vocab_size or args.get("vocab_size")
+    else:
+        raise CheckpointError(
+            f"{folder} holds neither {MANIFEST} nor Megatron's arguments, so nothing says what model it is; give the "
+            "config.json of the model with --config"
+        )
+    if type(vocab_size) is not int or not 0 < vocab_size <= stored_rows:
+        raise CheckpointError(
+            f"{folder} stores {stored_rows} rows of vocabulary and says {vocab_size!r} of how many an id can reach; "
+            "give the number with --vocab-size, or the tokenizer with --tokenizer"
+        )
+    return Described(llama, vocab_size, stated)
+
+
+def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:
+    """The architecture that Megatron's arguments describe; raises CheckpointError where it is no Llama."""
+    for name, allowed in _OF_A_LLAMA.items():
+        got = args.get(name)
+        if got not in allowed and not (got is None and name in ("normalization", "swiglu") and name not in args):
+            raise CheckpointError(
+                f"{where}: got Megatron's argument {name}={got!r}, expected a Llama's ({allowed[-1]!r})"
+            )
+    try:
+        heads = args["num_attention_heads"]
+        groups = args.get("num_query_groups") if args.get("group_query_attention") else None
+        scaling = None
+        if args.get("use_rope_scaling"):
+            scaling = RopeScaling(factor=float(args.get("rope_scaling_factor") or 8.0))
+        return check_supported(
+            LlamaShape(
+                num_layers=args["num_layers"],
+                hidden_size=args["hidden_size"],
+                ffn_hidden_size=args["ffn_hidden_size"],
+                num_attention_heads=heads,
+                num_query_groups=groups or heads,
+                head_dim=args.get("kv_channels") or args["hidden_size"] // heads,
+                norm_epsilon=args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5,
+                rope_theta=float(args.get("rotary_base") or 10000),
+                rope_scaling=scaling,
+                tied_embeddings=not args.get("untie_embeddings_and_output_weights"),
+                max_position_embeddings=args["max_position_embeddings"],
+            ),
+            where,
+        )
+    except KeyError as caught:
+        raise CheckpointError(f"{where}: Megatron's argument {caught.args[0]} is missing; give --config") from None
+    except (ValidationError, TypeError, ValueError, ZeroDivisionError) as caught:
+        reason = caught.errors()[0]["msg"] if isinstance(caught, ValidationError) else str(caught)
+        raise CheckpointError(
+            f"{where}: Megatron's arguments hold an impossible size ({reason}); give --config"
+        ) from None
+
+
+def args_of_llama(llama: LlamaShape, vocab_size: int, padded_size: int, divisor: int, dtype: str) -> Namespace:
+    """Megatron's arguments that describe a Llama, as `--use-checkpoint-args` reads them."""
+    scaling = llama.rope_scaling
+    return Namespace(
+        num_layers=llama.num_layers,
+        hidden_size=llama.hidden_size,
+        ffn_hidden_size=llama.ffn_hidden_size,
+        num_attention_heads=llama.num_attention_heads,
+        group_query_attention=llama.num_query_groups != llama.num_attention_heads,
+        num_query_groups=llama.num_query_groups,
+        kv_channels=llama.head_dim,
+        max_position_embeddings=llama.max_position_embeddings,
+        seq_length=llama.max_position_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(llama.rope_theta) if float(llama.rope_theta).is_integer() else llama.rope_theta,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        use_rope_scaling=scaling is not None,
+        rope_scaling_factor=8.0 if scaling is None else scaling.factor,
+        normalization="RMSNorm",
+        norm_epsilon=llama.norm_epsilon,
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        apply_layernorm_1p=False,
+        untie_embeddings_and_output_weights=not llama.tied_embeddings,
+        add_position_embedding=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        vocab_size=vocab_size,
+        padded_vocab_size=padded_size,
+        make_vocab_size_divisible_by=divisor,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
