@@ -37,7 +37,7 @@ Format = Literal["hf", "torch_dist", "mp_rank"]
 FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOCK = ".lock"
-_CARRIED = ("step", "bos_token_id", "eos_token_id")
+_CARRIED = ("step", "bos_token_id", "eos_token_id", "huggingface")
 
 
 def convert(
@@ -147,7 +147,8 @@ def _plan(
         config = hf_config(
             source.llama, source.vocab_size, facts["dtype"], facts["bos_token_id"], facts["eos_token_id"]
         )
-        layout = lay_out_hf(source, dtypes, config)
+        other = facts.get("huggingface", {})
+        layout = lay_out_hf(source, dtypes, {**other.get("config", {}), **config}, other.get("generation_config"))
     else:
         facts["padded_vocab_size"] = padded_vocab_size(source.vocab_size, target.vocab_divisor)
         facts["vocab_divisor"] = target.vocab_divisor

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
@@ -42,7 +43,6 @@ class Described:
 
 # Megatron's argument -> the values under which a GPT model of it is a Llama; None: it is not set.
 _OF_A_LLAMA: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("rope",),
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
     "add_bias_linear": (False,),
@@ -50,12 +50,34 @@ _OF_A_LLAMA: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (None, 1.0),
     "rotary_interleaved": (None, False),
     "rotary_seq_len_interpolation_factor": (None, 1),
-    "apply_layernorm_1p": (None, False),
-    "qk_layernorm": (None, False),
-    "multi_latent_attention": (None, False),
-    "num_experts": (None,),
-    "apply_residual_connection_post_layernorm": (None, False),
-    "use_legacy_models": (None, False),
+    **dict.fromkeys(
+        (
+            "apply_layernorm_1p",
+            "layernorm_zero_centered_gamma",
+            "apply_residual_connection_post_layernorm",
+            "qk_layernorm",
+            "qk_l2_norm",
+            "multi_latent_attention",
+            "attention_output_gate",
+            "squared_relu",
+            "quick_geglu",
+            "is_hybrid_model",
+            "use_legacy_models",
+        ),
+        (None, False),
+    ),
+    **dict.fromkeys(
+        (
+            "num_experts",
+            "window_size",
+            "no_rope_freq",
+            "mtp_num_layers",
+            "heterogeneous_layers_config_path",
+            "experimental_attention_variant",
+        ),
+        (None,),
+    ),
+    "softmax_type": (None, "vanilla"),
 }
 
 
@@ -99,9 +121,11 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
 
 def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:
     """The architecture that Megatron's arguments describe; raises CheckpointError where it is no Llama."""
-    for name, allowed in _OF_A_LLAMA.items():
-        got = args.get(name)
-        if got not in allowed and not (got is None and name in ("normalization", "swiglu") and name not in args):
+    for name, allowed in {**_OF_A_LLAMA, "position_embedding_type": ("rope",)}.items():
+        got = args.get(name, allowed[0])
+        if name == "position_embedding_type" and args.get("use_rotary_position_embeddings"):  # Megatron's older word
+            got = "rope"
+        if got not in allowed:
             raise CheckpointError(
                 f"{where}: got Megatron's argument {name}={got!r}, expected a Llama's ({allowed[-1]!r})"
             )
@@ -157,6 +181,7 @@ def args_of_llama(llama: LlamaShape, vocab_size: int, padded_size: int, divisor:
         rope_scaling_factor=8.0 if scaling is None else scaling.factor,
         normalization="RMSNorm",
         norm_epsilon=llama.norm_epsilon,
+        layernorm_epsilon=llama.norm_epsilon,
         swiglu=True,
         add_bias_linear=False,
         add_qkv_bias=False,
@@ -170,6 +195,12 @@ def args_of_llama(llama: LlamaShape, vocab_size: int, padded_size: int, divisor:
         make_vocab_size_divisible_by=divisor,
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
+        params_dtype=getattr(torch, dtype),
+        tokenizer_type="HuggingFaceTokenizer",
+        bert_binary_head=False,
+        expert_model_parallel_size=1,
+        context_parallel_size=1,
         consumed_train_samples=0,
         consumed_valid_samples=0,
+        skipped_train_samples=0,
     )

@@ -120,6 +120,27 @@ def hf_config(
     }
 
 
+# What an export writes anew; and what is of the files a config came with, or would run code, and is not handed on.
+DECIDED_FIELDS = frozenset(
+    {"_name_or_path", "transformers_version", "auto_map", "quantization_config"}.union(
+        hf_config(
+            LlamaShape(
+                num_layers=1,
+                hidden_size=2,
+                ffn_hidden_size=1,
+                num_attention_heads=1,
+                num_query_groups=1,
+                head_dim=2,
+            ),
+            vocab_size=1,
+            dtype="float32",
+            bos=None,
+            eos=None,
+        )
+    )
+)
+
+
 def _refuse_variants(config: dict[str, Any], where: str) -> None:
     """Refuse what a plain Llama does not have; ignoring it would compute another model."""
     plain: dict[str, tuple[Any, ...]] = {

@@ -18,7 +18,7 @@ import torch
 from megatron_cpt.checkpoint.archive import read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides
 from megatron_cpt.checkpoint.files import file_inside
-from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
+from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, parse_hf_config
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes
 from megatron_cpt.checkpoint.manifest import KIND
@@ -28,6 +28,7 @@ from megatron_cpt.config.manifest import MANIFEST, read_json, write_json_atomic
 from megatron_cpt.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 BIN_WEIGHTS = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -84,7 +85,16 @@ def open_hf(folder: str | Path) -> StoredModel:
     found = read_json(folder / MANIFEST, CheckpointError) if (folder / MANIFEST).exists() else {}
     stated = found if isinstance(found, dict) and found.get("kind") == KIND else {}  # it may be another tool's
     stated |= {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    stated["huggingface"] = _other_settings(folder, config)
     return StoredModel(folder, "hf", llama, vocab_size, vocab_size, tensors, stated=stated)
+
+
+def _other_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json and generation_config.json say beside the architecture, to be said again by an export."""
+    path = folder / GENERATION
+    generation = read_json(file_inside(folder, GENERATION), CheckpointError) if path.exists() else None
+    other = {key: value for key, value in config.items() if key not in DECIDED_FIELDS}
+    return {"config": other, "generation_config": generation if isinstance(generation, dict) else None}
 
 
 def _placed(stored: Stored) -> Placed:
@@ -99,6 +109,7 @@ def lay_out_hf(
     source: StoredModel,
     dtypes: Mapping[str, torch.dtype],
     config: dict[str, Any],
+    generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> NewLayout:
     """Lay out the weights of a model as safetensors.
@@ -107,6 +118,7 @@ def lay_out_hf(
         source: the model.
         dtypes: of each weight as it is written.
         config: content of config.json.
+        generation: content of generation_config.json; None: the ends of a text alone.
         max_shard_bytes: largest weights file; a single tensor may exceed it.
     """
     entries = [(name, source.shape(name), dtypes[name]) for name in source.names()]
@@ -121,16 +133,22 @@ def lay_out_hf(
         size = offsets[-1] + num_bytes(*shard[-1][1:])
         files.append(NewFile(file, size, ((0, raw),)))
     index = weight_map if len(shards) > 1 else None
-    finish = partial(write_descriptions, config=config, weight_map=index, total=sum(sizes))
+    finish = partial(write_descriptions, config=config, weight_map=index, total=sum(sizes), generation=generation)
     return NewLayout(tuple(files), tensors, finish)
 
 
-def write_descriptions(folder: Path, config: dict[str, Any], weight_map: Mapping[str, str] | None, total: int) -> None:
+def write_descriptions(
+    folder: Path,
+    config: dict[str, Any],
+    weight_map: Mapping[str, str] | None,
+    total: int,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
     """Write the index of several weight files, generation_config.json and, last, config.json."""
     if weight_map is not None:
         write_json_atomic(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
-    write_json_atomic(folder / "generation_config.json", {"_from_model_config": True, **ends})
+    write_json_atomic(folder / GENERATION, {**(generation or {"_from_model_config": True}), **ends})
     write_json_atomic(folder / CONFIG, config)
 
 

@@ -53,6 +53,12 @@ def write_checkpoint_manifest(
     )
 
 
+def carried_settings(folder: Path) -> dict[str, Any]:
+    """Fields of a checkpoint's manifest that what is made of it hands on: settings of Hugging Face's configs."""
+    manifest = read_checkpoint_manifest(folder) if (folder / MANIFEST).exists() else {}
+    return {key: manifest[key] for key in ("huggingface",) if key in manifest}
+
+
 def read_checkpoint_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check `<folder>/manifest.json`.
 

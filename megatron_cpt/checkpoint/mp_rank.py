@@ -48,11 +48,27 @@ from megatron_cpt.config.manifest import write_text_atomic
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
-# Where the two norms of a layer are, by whose modules compute them: stored name -> local name.
-_LOCAL_NORMS = {
-    LAYERS + "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    LAYERS + "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+# The tensors of a layer, in the order of Megatron's modules; a norm is part of the matrix behind it, or a module.
+_STORED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+_LOCAL_ORDER = (
+    "input_layernorm.weight",
+    "self_attention.linear_proj.weight",
+    "self_attention.linear_qkv.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
+_TE_ORDER = (
+    "self_attention.linear_proj.weight",
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+    "mlp.linear_fc1.layer_norm_weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
 _BY_COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _GATE_AND_UP = "mlp.linear_fc1.weight"
 _LAYER = re.compile(re.escape(LAYERS) + r"(0|[1-9]\d{0,5})\.(.+)")
@@ -111,6 +127,11 @@ def open_mp_rank(folder: str | Path, hints: Hints | None = None) -> StoredModel:
     held = {rank: _read_rank(iteration / rank.name) for rank in ranks}
     first_args = next((value["args"] for value in held.values() if isinstance(value.get("args"), Namespace)), None)
     chunks = {(rank, number): model for rank, value in held.items() for number, model in _chunks(value)}
+    if any("language_model" in value.get(name, {}) for value in held.values() for name in ("model", "model0")):
+        raise CheckpointError(
+            f"{iteration} is from before megatron-core (language_model...); bring it into megatron-core's form with "
+            "Megatron-LM's tools/checkpoint first"
+        )
     rows = next((a.shape[0] for m in chunks.values() if isinstance(a := m.get(STORED_EMBEDDING), Array)), 0) * tp
     if not rows:
         raise CheckpointError(f"{iteration} holds no {STORED_EMBEDDING}; expected a GPT model of megatron-core")
@@ -125,6 +146,11 @@ def open_mp_rank(folder: str | Path, hints: Hints | None = None) -> StoredModel:
 
 def _read_rank(folder: Path) -> dict[str, Any]:
     value = read_archive(file_inside(folder, RANK_FILE))
+    if isinstance(value, dict) and (value.get("checkpoint_version") or 0) < 3:
+        raise CheckpointError(
+            f"{folder / RANK_FILE} has version {value.get('checkpoint_version')!r}, expected 3.0: before, q, k "
+            "and v lay in another order; load and save it with Megatron-LM first"
+        )
     if not isinstance(value, dict):
         raise CheckpointError(f"{folder / RANK_FILE} holds {type(value).__name__}, expected a checkpoint's dict")
     return value
@@ -155,7 +181,6 @@ def _find_boxes(
     """Where every tensor of every rank lies; each is of the model, in the shape that it has to have."""
     boxes, dtypes = _Boxes(), dict[Key, torch.dtype]()
     sizes = _sizes(llama, padded)
-    stored_norms = {local: stored for stored, local in _LOCAL_NORMS.items()}
     layer_offset = 0
     # In the order of a forward pass: chunk by chunk, stage by stage; of one stage, rank by rank.
     for rank, number in sorted(chunks, key=lambda chunk: (chunk[1], chunk[0])):
@@ -166,7 +191,7 @@ def _find_boxes(
             key, layer = name, None
             if match:
                 inside = match[2]
-                key, layer = stored_norms.get(inside, LAYERS + inside), layer_offset + int(match[1])
+                key, layer = LAYERS + _STORED_NORMS.get(inside, inside), layer_offset + int(match[1])
                 seen.add(int(match[1]))
             if key.endswith("_extra_state"):
                 continue
@@ -252,10 +277,13 @@ def lay_out_mp_rank(
             held = []
             for chunk in range(target.vpp):
                 model: dict[str, Any] = {}
-                for local, (key, layer) in _names_of(llama, target, stage, chunk):
-                    size = sizes[key][1:] if layer is not None else sizes[key]
-                    model[local] = hole(local_shape(key, size, target.tp), by_key[key, layer])
-                    held.append((key, layer, size))
+                for local, at in _names_of(llama, target, stage, chunk):
+                    model[local] = None
+                    if at is not None:
+                        key, layer = at
+                        size = sizes[key][1:] if layer is not None else sizes[key]
+                        model[local] = hole(local_shape(key, size, target.tp), by_key[at])
+                        held.append((key, layer, size))
                 value["model" if target.vpp == 1 else f"model{chunk}"] = model
             length, parts, offsets = lay_out_archive(value)
             files.append(NewFile(name, length, tuple(parts)))
@@ -270,19 +298,18 @@ def _finish(folder: Path, tracked: str) -> None:
     write_text_atomic(folder / TRACKER, f"{tracked}\n")
 
 
-def _names_of(llama: LlamaShape, target: Target, stage: int, chunk: int) -> Iterator[tuple[str, Key]]:
-    """Names in a model chunk, in its order, and what each is."""
+def _names_of(llama: LlamaShape, target: Target, stage: int, chunk: int) -> Iterator[tuple[str, Key | None]]:
+    """Names in a model chunk, in the order of Megatron's modules, and what each is; nothing: an empty extra state."""
     per_chunk = llama.num_layers // target.pp // target.vpp
     first = (chunk * target.pp + stage) * per_chunk
     if stage == 0 and chunk == 0:
         yield STORED_EMBEDDING, (STORED_EMBEDDING, None)
     for local in range(per_chunk):
-        for key in stored_shapes(llama, 1):
-            if key.startswith(LAYERS):
-                inside = key.removeprefix(LAYERS)
-                if target.spec == "local":
-                    inside = _LOCAL_NORMS.get(key, inside)
-                yield f"{LAYERS}{local}.{inside}", (key, first + local)
+        for inside in _LOCAL_ORDER if target.spec == "local" else _TE_ORDER:
+            key = LAYERS + _STORED_NORMS.get(inside, inside)
+            yield f"{LAYERS}{local}.{inside}", (key, first + local)
+            if inside.endswith(".weight") and "linear_" in inside:  # strict loading asks for it, of Transformer Engine
+                yield f"{LAYERS}{local}.{inside.removesuffix('weight')}_extra_state", None
     if stage == target.pp - 1 and chunk == target.vpp - 1:
         yield "decoder.final_layernorm.weight", ("decoder.final_layernorm.weight", None)
         if not llama.tied_embeddings or target.pp > 1:

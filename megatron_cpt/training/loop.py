@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
+from megatron_cpt.checkpoint.manifest import carried_settings
 from megatron_cpt.config.manifest import write_json_atomic
 from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.data import Batch, IndexedDataset, Loader, open_windows, validation_batch
@@ -75,6 +76,7 @@ class Trainer:
             "padded_vocab_size": layout.padded_vocab_size,
             "tokenizer_sha256": inputs.tokenizer.sha256,
             "vocab_divisor": config.vocab_divisor,
+            **carried_settings(initial_folder(config)),
         }
         self.micro_batches_per_step = layout.num_micro_batches
         peak, peak_from = current_device().flops_bound()
@@ -193,7 +195,8 @@ class Trainer:
             proof = {"tokens": tokens_N, "positions": positions_P, "logits": logits_PV.contiguous()}
         read = self.inputs.plan.order_hash(step * self.config.batch.global_batch_size)
         facts = {**self.facts, "inputs": {"data_order": read}}
-        save_checkpoint(self.model, self.optimizer, step, self.config, facts, self.inputs.shape, proof)
+        tokenizer = self.inputs.tokenizer.path
+        save_checkpoint(self.model, self.optimizer, step, self.config, facts, self.inputs.shape, proof, tokenizer)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One update; returns what is logged of it."""

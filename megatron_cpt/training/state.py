@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt.checkpoint import read_checkpoint_manifest, write_checkpoint_manifest
+from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
 from megatron_cpt.errors import CheckpointError
@@ -98,12 +99,14 @@ def save_checkpoint(
     facts: dict[str, Any],
     shape: LlamaShape,
     proof: dict[str, Tensor] | None,
+    tokenizer: Path,
 ) -> Path:
     """Save weights and optimizer after `step` updates; every rank calls it.
 
     Args:
         facts: `vocab_size`, `padded_vocab_size`, `tokenizer_sha256`, `inputs` for the manifest.
         proof: tokens, positions and the model's logits there; on one rank, None on the others.
+        tokenizer: the model file; it goes along with what lies beside it, so that the checkpoint can be exported alone.
 
     Returns:
         the checkpoint folder, complete on return.
@@ -127,6 +130,7 @@ def save_checkpoint(
         save_file(proof, temporary / PROOF)
     dist.barrier()
     if dist.get_rank() == 0:
+        copy_tokenizer(tokenizer, temporary)
         write_checkpoint_manifest(temporary, shape, step=step, precision=config.precision, **facts)
         os.rename(temporary, final)
         for _, old in checkpoint_folders(Path(config.output))[: -config.checkpoint.keep_last]:

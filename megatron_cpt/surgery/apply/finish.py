@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.hf_tables import HFTables
+from megatron_cpt.checkpoint.huggingface import GENERATION
 from megatron_cpt.checkpoint.manifest import KIND, SEALS, write_checkpoint_manifest
 from megatron_cpt.checkpoint.tables import VocabTables, carry
 from megatron_cpt.checkpoint.tokenizer_files import MODEL_FILES, SIDE_FILES, copy_tokenizer
@@ -16,7 +17,6 @@ from megatron_cpt.errors import CheckpointError
 from megatron_cpt.surgery.plan import SurgeryPlan
 from megatron_cpt.tokenizer import Tokenizer
 
-GENERATION = "generation_config.json"
 # A folder may hold the model in other forms too, with the old tables.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".index"}
 _REPLACED = {CONFIG, GENERATION, MANIFEST, *MODEL_FILES, *SIDE_FILES, "vocab_map.json", "vocab.json", "merges.txt"}
@@ -64,6 +64,8 @@ def finish(
         stated = {name: value for name, value in old.reader.stated.items() if name not in _ABOUT_THE_OLD}
         stated |= {name: old.reader.stated[name] for name in _IDS if name in old.reader.stated}
         stated = adapted_ids(stated, plan, tokenizer) if any(name in stated for name in _IDS) else stated
+        if isinstance(other := stated.get("huggingface"), dict):
+            stated["huggingface"] = {name: held and adapted_ids(held, plan, tokenizer) for name, held in other.items()}
         stated |= {"vocab_divisor": facts["divisor"], "surgery": {**facts, "undo": record}, **weights}
         copy_tokenizer(tokenizer.path, folder)
         write_checkpoint_manifest(folder, old.reader.llama, plan.new_size, padded, plan.new_sha256, inputs, **stated)
