@@ -4,12 +4,12 @@ from megatron_cpt.checkpoint.belonging import check_belongs
 from megatron_cpt.checkpoint.convert import convert
 from megatron_cpt.checkpoint.described import Hints
 from megatron_cpt.checkpoint.forward import LlamaForward
-from megatron_cpt.checkpoint.hf_config import hf_config, parse_hf_config, read_shape
+from megatron_cpt.checkpoint.hf_config import hf_config, parse_hf_config
 from megatron_cpt.checkpoint.hf_writer import write_hf
 from megatron_cpt.checkpoint.huggingface import open_hf
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest, write_checkpoint_manifest
-from megatron_cpt.checkpoint.opening import open_checkpoint, open_tables
+from megatron_cpt.checkpoint.opening import open_checkpoint, open_tables, read_shape
 from megatron_cpt.checkpoint.reader import ModelReader, read_blocks
 from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.checkpoint.torch_dist import open_torch_dist

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from megatron_cpt.checkpoint.hf_config import read_shape
+from megatron_cpt.checkpoint.opening import read_shape
 from megatron_cpt.checkpoint.tokenizer_files import recorded_tokenizer
 from megatron_cpt.errors import CheckpointError
 

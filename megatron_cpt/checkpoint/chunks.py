@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_cpt.checkpoint.files import new_tensor
-from megatron_cpt.checkpoint.metadata import Chunk, StoredTensor, load_chunk
-from megatron_cpt.checkpoint.torch_dist import MAX_FILE_BYTES
+from megatron_cpt.checkpoint.files import new_tensor, read_tensor
+from megatron_cpt.checkpoint.metadata import Chunk, StoredTensor
+from megatron_cpt.checkpoint.torch_dist import MAX_FILE_BYTES, chunk_offset
 
 
 class BoxReader:
@@ -41,7 +41,8 @@ class BoxReader:
     def _load(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         if self._chunk is None or self._chunk[0] != chunk:
             self._chunk = None
-            self._chunk = (chunk, load_chunk(self._folder, chunk, dtype))
+            offset = chunk_offset(self._folder, chunk, dtype)
+            self._chunk = (chunk, read_tensor(self._folder / chunk.file, offset, chunk.size, dtype))
         return self._chunk[1]
 
 

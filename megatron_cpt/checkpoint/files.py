@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import mmap
-import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,42 +69,6 @@ def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dt
                 raise CheckpointError(f"{path} ended {len(view) - done} bytes early; it was cut short, copy it again")
             done += got
     return tensor
-
-
-class FileSlice(io.RawIOBase):
-    """Bytes [start, start + length) of a file as a file of their own."""
-
-    def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the slice
-        self._start, self._length, self._position = start, length, 0
-
-    def readable(self) -> bool:  # noqa: D102
-        return True
-
-    def seekable(self) -> bool:  # noqa: D102
-        return True
-
-    def tell(self) -> int:  # noqa: D102
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:  # noqa: D102
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:  # noqa: D102
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
-        self._file.seek(self._start + self._position)
-        done = 0
-        while done < len(view) and (got := self._file.readinto(view[done:])):  # the kernel stops at 2 GiB
-            done += got
-        self._position += done
-        return done
-
-    def close(self) -> None:  # noqa: D102
-        if not self.closed:
-            self._file.close()
-        super().close()
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

@@ -12,6 +12,7 @@ from megatron_cpt.errors import CheckpointError
 
 _DESCRIPTIONS = (CONFIG, MANIFEST, METADATA)
 _WEIGHTS = (".safetensors", ".distcp")
+_PICKLED = (".bin", ".pt", ".pth", ".json")
 _END_BYTES = 1 << 20
 
 
@@ -25,9 +26,12 @@ def fingerprint(folder: str | Path) -> str:
         CheckpointError: the folder cannot be read.
     """
     try:
-        names = [path.name for path in Path(folder).iterdir()]
-        paths = [Path(folder, name) for name in sorted(names) if name in _DESCRIPTIONS or name.endswith(_WEIGHTS)]
-        return sha256_json([[path.name, path.stat().st_size, _ends(path)] for path in paths])
+        folder = Path(folder)
+        names = sorted(path.name for path in folder.iterdir())
+        found = [name for name in names if name in _DESCRIPTIONS or name.endswith(_WEIGHTS)]
+        if not any(name.endswith(_WEIGHTS) for name in found):  # of another tool: all that may be weights, at any depth
+            found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _PICKLED)
+        return sha256_json([[name, (folder / name).stat().st_size, _ends(folder / name)] for name in found])
     except OSError as caught:
         raise CheckpointError(f"cannot read {folder}: {caught.strerror or caught}; give a model's folder") from None
 

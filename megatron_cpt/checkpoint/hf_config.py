@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_cpt.checkpoint.files import file_inside
 from megatron_cpt.checkpoint.llama import check_supported
-from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
-from megatron_cpt.config.manifest import read_json
 from megatron_cpt.config.schema import LlamaShape, RopeScaling
 from megatron_cpt.errors import CheckpointError
 
 CONFIG = "config.json"
-
-
-def read_shape(folder: str | Path) -> tuple[LlamaShape, int]:
-    """The architecture and the true vocabulary size of an HF or a `torch_dist` folder.
-
-    Raises:
-        CheckpointError: the folder is neither, or holds something that is not a plain Llama.
-    """
-    folder = Path(folder)
-    if (folder / CONFIG).exists():
-        return parse_hf_config(read_json(file_inside(folder, CONFIG), CheckpointError), str(folder / CONFIG))
-    if (folder / ".metadata").exists():
-        manifest = read_checkpoint_manifest(folder)
-        return check_supported(manifest["shape"], str(folder)), manifest["vocab_size"]
-    raise CheckpointError(
-        f"{folder} holds neither config.json (a Hugging Face model) nor .metadata (a torch_dist checkpoint); "
-        "give the folder of the checkpoint itself"
-    )
 
 
 def parse_hf_config(config: Any, where: str) -> tuple[LlamaShape, int]:

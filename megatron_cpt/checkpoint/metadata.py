@@ -9,16 +9,14 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_cpt.checkpoint.files import FileSlice, file_inside
+from megatron_cpt.checkpoint.files import file_inside
 from megatron_cpt.checkpoint.reader import num_bytes
 from megatron_cpt.errors import CheckpointError
 
@@ -164,32 +162,6 @@ def check_cover(key: str, size: Sequence[int], boxes: Iterable[tuple[tuple[int, 
         raise CheckpointError(
             f"{key}: the chunks hold {volume} elements of {tuple(size)}; a part of the checkpoint is missing"
         )
-
-
-def load_chunk(folder: Path, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    """The tensor of one chunk; its archive's sizes are checked before anything is allocated."""
-    path = file_inside(folder, chunk.file)
-    with FileSlice(path, chunk.start, chunk.length) as raw:
-        try:
-            with zipfile.ZipFile(raw) as archive:
-                records = archive.infolist()
-            if sum(record.file_size for record in records) > chunk.length:
-                raise ValueError("its records claim more bytes than it has")
-            raw.seek(0)
-            # Storages stay where they are read, in host memory, whatever device they were saved from.
-            tensor = torch.load(cast(IO[bytes], raw), map_location=lambda storage, _: storage, weights_only=True)
-        except Exception as caught:  # a damaged archive can fail in any way
-            reason = str(caught).splitlines()[0] if str(caught) else repr(caught)
-            raise CheckpointError(f"{path}: the chunk at byte {chunk.start} is damaged or unsafe ({reason})") from None
-    if not isinstance(tensor, Tensor) or tensor.dtype != dtype or not _same_box(tuple(tensor.shape), chunk.size):
-        got = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise CheckpointError(f"{path}: the chunk at byte {chunk.start} is {got}, the index says {chunk.size} {dtype}")
-    return tensor.detach().reshape(chunk.size)
-
-
-def _same_box(saved: tuple[int, ...], size: tuple[int, ...]) -> bool:
-    """A layer that was saved on its own lacks the dimension along which layers are stacked."""
-    return saved == size or (1, *saved) == size
 
 
 def _parse(root: Any, wanted: Any) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cpt.checkpoint.files import new_tensor, require_space
+from megatron_cpt.checkpoint.archive import lay_out_archive, read_archive
+from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides, pickled
+from megatron_cpt.checkpoint.files import new_tensor, read_tensor, require_space
+from megatron_cpt.checkpoint.huggingface import dense
+from megatron_cpt.checkpoint.layout import hole
 from megatron_cpt.checkpoint.mp_rank_files import (
     RANK_FILE,
     SHARDED_OPTIMIZER,
@@ -27,9 +31,9 @@ from megatron_cpt.checkpoint.mp_rank_files import (
     iteration_folder,
     tracked_name,
 )
-from megatron_cpt.checkpoint.opaque import load_opaque, save_opaque
-from megatron_cpt.checkpoint.reader import num_bytes
-from megatron_cpt.checkpoint.tables import Matrix, NewTable, Progress, Rows, Table, carry, filled
+from megatron_cpt.checkpoint.reader import BLOCK_BYTES, num_bytes, raw_bytes, row_blocks
+from megatron_cpt.checkpoint.runs import read_exactly, write_exactly
+from megatron_cpt.checkpoint.tables import Matrix, NewTable, Progress, Rows, Table, blocks, carry
 from megatron_cpt.config.manifest import write_text_atomic
 from megatron_cpt.errors import CheckpointError
 
@@ -45,7 +49,7 @@ class _Shard:
 
     rank: Rank
     keys: tuple[str, ...]
-    rows: int
+    array: Array
 
 
 class MpRankTables:
@@ -71,21 +75,32 @@ class MpRankTables:
         self.has_optimizer = False
         kinds: dict[str, tuple[Matrix, torch.dtype, int]] = {}
         for rank in find_ranks(self.iteration):
-            held = load_opaque(self.iteration / rank.name / RANK_FILE)
+            held = self._load(rank)
             self.has_optimizer |= held.get("optimizer") is not None
             self.has_optimizer |= (self.iteration / rank.name / SHARDED_OPTIMIZER).exists()
             self.args = self.args or vars(held.get("args") or Namespace())
             for keys, matrix, table in _find_tables(held):
                 name = f"stage {rank.stage}: {'.'.join(keys)}"
-                self._shards[name].append(_Shard(rank, keys, len(table)))
+                path = self.iteration / rank.name / RANK_FILE
+                dense(table, f"{path}: {'.'.join(keys)}", path)
+                self._shards[name].append(_Shard(rank, keys, table))
                 kinds.setdefault(name, (matrix, table.dtype, table.shape[1]))
         self._check(with_optimizer)
         self.tables = tuple(
-            Table(name, matrix, False, sum(shard.rows for shard in self._shards[name]), width, dtype)
+            Table(name, matrix, False, sum(shard.array.shape[0] for shard in self._shards[name]), width, dtype)
             for name, (matrix, dtype, width) in kinds.items()
         )
         self.divisor = (self.args.get("make_vocab_size_divisible_by") or 128) * self.tensor_parallel
         self.tied = self._is_tied()
+
+    def _load(self, rank: Rank) -> dict[str, Any]:
+        """What a rank's file holds, an Array in the place of each tensor."""
+        value = read_archive(self.iteration / rank.name / RANK_FILE)
+        if not isinstance(value, dict):
+            raise CheckpointError(
+                f"{self.iteration / rank.name / RANK_FILE} holds {type(value).__name__}, expected a checkpoint's dict"
+            )
+        return value
 
     def _check(self, with_optimizer: bool) -> None:
         if not self._shards:
@@ -94,7 +109,7 @@ class MpRankTables:
             raise CheckpointError(f"{self.iteration} is of a mixture of experts; expected a plain Llama")
         self.tensor_parallel = 1 + max(shard.rank.tensor for shards in self._shards.values() for shard in shards)
         for name, shards in self._shards.items():
-            numbers, rows = [shard.rank.tensor for shard in shards], [shard.rows for shard in shards]
+            numbers, rows = [shard.rank.tensor for shard in shards], [shard.array.shape[0] for shard in shards]
             if numbers != list(range(self.tensor_parallel)) or len(set(rows)) != 1:
                 raise CheckpointError(
                     f"{self.iteration}: {name} lies on the tensor ranks {numbers} with {rows} rows, expected the same "
@@ -121,11 +136,9 @@ class MpRankTables:
         whole = new_tensor((table.num_rows, table.width), table.dtype)
         first = 0
         for shard in self._shards[table.name]:
-            found: Any = load_opaque(self.iteration / shard.rank.name / RANK_FILE)
-            for key in shard.keys:
-                found = found[key]
-            whole[first : first + shard.rows] = found.detach()
-            first += shard.rows
+            view = whole[first : first + shard.array.shape[0]]
+            read_exactly(self.iteration / shard.rank.name / RANK_FILE, shard.array.offset, raw_bytes(view))
+            first += len(view)
         return whole
 
     def rewrite(self, folder: Path, new: Mapping[str, NewTable], on_progress: Progress | None = None) -> dict[str, Any]:
@@ -162,7 +175,8 @@ class MpRankTables:
 
     def _write_rank(self, rank: Rank, path: Path, new: Mapping[str, NewTable], made: Mapping[str, Rows]) -> bool:
         """Write a rank's file where anything in it changes; whether it does."""
-        held = load_opaque(self.iteration / rank.name / RANK_FILE)
+        held, source = self._load(rank), self.iteration / rank.name / RANK_FILE
+        remade: dict[int, tuple[Table, int, int]] = {}  # by the place of an Array in memory
         changed = held.pop("optimizer", None) is not None
         args = held.get("args")
         if isinstance(args, Namespace):
@@ -179,22 +193,46 @@ class MpRankTables:
                 for key in shard.keys[:-1]:
                     place = place[key]
                 first = rank.tensor * rows
-                place[shard.keys[-1]] = filled(made[table.name], first, first + rows, table.width, table.dtype)
+                left = place[shard.keys[-1]] = hole((rows, table.width), table.dtype)
+                remade[id(left)] = (table, first, first + rows)
                 changed = True
         if changed:
-            save_opaque(held, path)
-            with open(path, "rb") as file:
+            size, parts, offsets = lay_out_archive(held)
+            with open(path, "wb") as file:
+                for offset, data in parts:
+                    write_exactly(file.fileno(), offset, data)
+                for array, offset in zip(pickled(held)[1], offsets, strict=True):
+                    if id(array) in remade:
+                        table, first, last = remade[id(array)]
+                        blocks_of_it = blocks(made[table.name], first, last, num_bytes((table.width,), table.dtype))
+                    else:
+                        blocks_of_it = _read_blocks(source, array)
+                    for block in blocks_of_it:
+                        write_exactly(file.fileno(), offset, raw_bytes(block))
+                        offset += num_bytes(tuple(block.shape), block.dtype)
+                os.ftruncate(file.fileno(), size)
                 os.fsync(file.fileno())
         return changed
 
 
-def _find_tables(held: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Matrix, Tensor]]:
+def _read_blocks(path: Path, array: Array) -> Iterator[Tensor]:
+    """The elements of a tensor in row-major order, as rows of bytes, or whole where they do not lie so."""
+    count, itemsize = num_bytes(array.shape, torch.uint8), array.dtype.itemsize
+    if array.strides == dense_strides(array.shape) or not count:
+        for start, stop in row_blocks(count * itemsize, 1, BLOCK_BYTES):
+            yield read_tensor(path, array.offset + start, (stop - start,), torch.uint8)
+        return
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True))
+    yield read_tensor(path, array.offset, (extent,), array.dtype).as_strided(array.shape, array.strides).contiguous()
+
+
+def _find_tables(held: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Matrix, Array]]:
     """Where tables lie in a rank's model, or its model chunks (interleaved stages)."""
 
-    def walk(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Matrix, Tensor]]:
-        if isinstance(value, Tensor):
+    def walk(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Matrix, Array]]:
+        if isinstance(value, Array):
             match = _TABLE.fullmatch(".".join(keys))
-            if match and value.dim() == 2:
+            if match and len(value.shape) == 2:
                 yield keys, "embedding" if match[1] else "head", value
         elif isinstance(value, Mapping):
             for key, inner in value.items():

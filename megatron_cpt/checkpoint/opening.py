@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_cpt.checkpoint.described import Hints
-from megatron_cpt.checkpoint.hf_config import CONFIG
+from megatron_cpt.checkpoint.files import file_inside
+from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
 from megatron_cpt.checkpoint.hf_tables import HFTables
 from megatron_cpt.checkpoint.huggingface import open_hf
+from megatron_cpt.checkpoint.llama import check_supported
+from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.checkpoint.metadata import METADATA
 from megatron_cpt.checkpoint.mp_rank import open_mp_rank
 from megatron_cpt.checkpoint.mp_rank_files import TRACKER, is_mp_rank, iteration_folder
@@ -15,7 +18,8 @@ from megatron_cpt.checkpoint.mp_rank_tables import MpRankTables
 from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.checkpoint.torch_dist_tables import TorchDistTables
-from megatron_cpt.config.manifest import MANIFEST
+from megatron_cpt.config.manifest import MANIFEST, read_json
+from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
 
@@ -44,6 +48,22 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
         f"{folder} holds neither {CONFIG} (a Hugging Face model), nor {METADATA} (a torch_dist checkpoint), nor "
         f"{TRACKER} (a legacy Megatron checkpoint); give the folder of the checkpoint itself"
     )
+
+
+def read_shape(folder: str | Path) -> tuple[LlamaShape, int]:
+    """The architecture and the true vocabulary size of a checkpoint, from its descriptions alone where it has some.
+
+    Raises:
+        CheckpointError: the folder is none, or holds something that is not a plain Llama.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG).exists():
+        return parse_hf_config(read_json(file_inside(folder, CONFIG), CheckpointError), str(folder / CONFIG))
+    if (folder / METADATA).exists() and (folder / MANIFEST).exists():
+        manifest = read_checkpoint_manifest(folder)
+        return check_supported(manifest["shape"], str(folder)), manifest["vocab_size"]
+    model = open_checkpoint(folder)
+    return model.llama, model.vocab_size
 
 
 def _newest(folder: Path) -> Path:

@@ -241,7 +241,7 @@ def test_legacy_checkpoints_that_are_refused(
     refused("expected 'release' or a number")
     (old / "latest_checkpointed_iteration.txt").write_text("7")
     legacy.file(0, 0).write_bytes(legacy.file(0, 0).read_bytes()[:2000])
-    refused("cannot be read")
+    refused("is damaged or unsafe")
 
 
 def test_a_legacy_file_runs_nothing(plan: SurgeryPlan, make_model: Make, new_tokenizer: Path, tmp_path: Path) -> None:
