@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_cpt import __version__
-from megatron_cpt.checkpoint.described import Hints
+from megatron_cpt.checkpoint.described import Hints, megatron_flags
 from megatron_cpt.checkpoint.execute import Journal, execute, num_workers, peak_bytes
 from megatron_cpt.checkpoint.files import require_space
 from megatron_cpt.checkpoint.hf_config import CONFIG, hf_config
@@ -20,7 +20,7 @@ from megatron_cpt.checkpoint.huggingface import lay_out_hf
 from megatron_cpt.checkpoint.layout import NewLayout, Target, check_layout
 from megatron_cpt.checkpoint.manifest import write_checkpoint_manifest
 from megatron_cpt.checkpoint.model_card import model_card
-from megatron_cpt.checkpoint.mp_rank import lay_out_mp_rank
+from megatron_cpt.checkpoint.mp_rank import lay_out_mp_rank, rank_divisor
 from megatron_cpt.checkpoint.opening import open_checkpoint, state_of_files
 from megatron_cpt.checkpoint.reader import num_bytes, weights_sha256
 from megatron_cpt.checkpoint.runs import StoredModel
@@ -101,6 +101,7 @@ def convert(
     facts["peak_bytes"] = peak_bytes(source, plan.layout, workers, None if dtype is None else DTYPES[dtype])
     if dry_run:
         require_space(dst, plan.layout.num_bytes)
+        facts.pop("huggingface", None)
         return {**facts, "files": len(plan.layout.files), "dry_run": True}
     key = sha256_json([__version__, state_of_files(source), plan.facts])
     with resumable_folder(dst, CheckpointError) as folder, lock_folder(folder, _LOCK):
@@ -117,6 +118,7 @@ def convert(
         journal.close()
         _write_manifest(folder, source, plan, facts, digests)
         (folder / _LOCK).unlink()
+    facts.pop("huggingface", None)  # a copy of two files, for the manifest alone
     return {**facts, "files": len(plan.layout.files)}
 
 
@@ -157,6 +159,8 @@ def _plan(
         else:
             layout = lay_out_mp_rank(source, dtypes, target, facts["padded_vocab_size"])
             facts |= {"tp": target.tp, "pp": target.pp, "vpp": target.vpp, "spec": target.spec}
+        divisor = rank_divisor(target, facts["padded_vocab_size"])
+        facts["megatron_flags"] = megatron_flags(source.llama, divisor)
     check_layout(source, layout, dtypes)
     return _Plan(layout, facts, folder)
 

@@ -160,6 +160,30 @@ def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:
         ) from None
 
 
+def megatron_flags(llama: LlamaShape, vocab_divisor: int) -> str:
+    """The arguments on Megatron-LM's command line under which it builds this model.
+
+    Args:
+        llama: the model.
+        vocab_divisor: for `--make-vocab-size-divisible-by`, which Megatron multiplies by its tensor-parallel size.
+    """
+    scaling = llama.rope_scaling
+    flags = [
+        f"--num-layers {llama.num_layers} --hidden-size {llama.hidden_size} --ffn-hidden-size {llama.ffn_hidden_size}",
+        f"--num-attention-heads {llama.num_attention_heads} --kv-channels {llama.head_dim}",
+        f"--group-query-attention --num-query-groups {llama.num_query_groups}"
+        if llama.num_query_groups != llama.num_attention_heads
+        else "",
+        f"--max-position-embeddings {llama.max_position_embeddings} --position-embedding-type rope",
+        f"--rotary-base {_whole(llama.rope_theta)} --rotary-percent 1.0",
+        "" if scaling is None else f"--use-rope-scaling --rope-scaling-factor {scaling.factor:g}",
+        f"--normalization RMSNorm --norm-epsilon {llama.norm_epsilon:g} --swiglu --disable-bias-linear",
+        "" if llama.tied_embeddings else "--untie-embeddings-and-output-weights",
+        f"--make-vocab-size-divisible-by {vocab_divisor}",
+    ]
+    return " ".join(flag for flag in flags if flag)
+
+
 def args_of_llama(llama: LlamaShape, vocab_size: int, padded_size: int, divisor: int, dtype: str) -> Namespace:
     """Megatron's arguments that describe a Llama, as `--use-checkpoint-args` reads them."""
     scaling = llama.rope_scaling
@@ -174,7 +198,7 @@ def args_of_llama(llama: LlamaShape, vocab_size: int, padded_size: int, divisor:
         max_position_embeddings=llama.max_position_embeddings,
         seq_length=llama.max_position_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(llama.rope_theta) if float(llama.rope_theta).is_integer() else llama.rope_theta,
+        rotary_base=_whole(llama.rope_theta),
         rotary_percent=1.0,
         rotary_interleaved=False,
         use_rope_scaling=scaling is not None,
@@ -204,3 +228,8 @@ def args_of_llama(llama: LlamaShape, vocab_size: int, padded_size: int, divisor:
         consumed_valid_samples=0,
         skipped_train_samples=0,
     )
+
+
+def _whole(number: float) -> int | float:
+    """An integer where the number is one: Megatron reads the rotary base as an integer."""
+    return int(number) if number.is_integer() else number

@@ -260,7 +260,7 @@ def lay_out_mp_rank(
     step = source.stated.get("step")
     iteration = "release" if not step else f"iter_{step:07d}"
     dtype = str(dtypes[EMBEDDING]).removeprefix("torch.")
-    args = args_of_llama(llama, source.vocab_size, padded_size, target.vocab_divisor, dtype)
+    args = args_of_llama(llama, source.vocab_size, padded_size, rank_divisor(target, padded_size), dtype)
     vars(args).update(
         tensor_model_parallel_size=target.tp,
         pipeline_model_parallel_size=target.pp,
@@ -292,6 +292,12 @@ def lay_out_mp_rank(
     tensors, padding, copies = _placed(llama, source.vocab_size, padded_size, boxes, by_key, "the new checkpoint")
     finish = partial(_finish, tracked=tracked_name(iteration))
     return NewLayout(tuple(files), tensors, finish, padding, copies)
+
+
+def rank_divisor(target: Target, padded_size: int) -> int:
+    """What Megatron, which multiplies it by its tensor-parallel size, pads to the same number of rows with."""
+    whole, rest = divmod(target.vocab_divisor, target.tp)
+    return padded_size // target.tp if rest else whole
 
 
 def _finish(folder: Path, tracked: str) -> None:
