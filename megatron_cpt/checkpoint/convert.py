@@ -19,6 +19,7 @@ from megatron_cpt.checkpoint.hf_config import CONFIG, hf_config
 from megatron_cpt.checkpoint.huggingface import lay_out_hf
 from megatron_cpt.checkpoint.layout import NewLayout, Target, check_layout
 from megatron_cpt.checkpoint.manifest import write_checkpoint_manifest
+from megatron_cpt.checkpoint.meta import lay_out_meta
 from megatron_cpt.checkpoint.model_card import model_card
 from megatron_cpt.checkpoint.mp_rank import lay_out_mp_rank, rank_divisor
 from megatron_cpt.checkpoint.opening import open_checkpoint, state_of_files
@@ -33,8 +34,8 @@ from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.lock import lock_folder
 
-Format = Literal["hf", "torch_dist", "mp_rank"]
-FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank")
+Format = Literal["hf", "torch_dist", "mp_rank", "meta"]
+FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank", "meta")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOCK = ".lock"
 _CARRIED = ("step", "bos_token_id", "eos_token_id", "huggingface")
@@ -151,6 +152,9 @@ def _plan(
         )
         other = facts.get("huggingface", {})
         layout = lay_out_hf(source, dtypes, {**other.get("config", {}), **config}, other.get("generation_config"))
+    elif target.format == "meta":
+        facts |= {"padded_vocab_size": source.vocab_size, "tp": target.tp}
+        layout = lay_out_meta(source, dtypes, target)
     else:
         facts["padded_vocab_size"] = padded_vocab_size(source.vocab_size, target.vocab_divisor)
         facts["vocab_divisor"] = target.vocab_divisor

@@ -11,6 +11,8 @@ from megatron_cpt.checkpoint.hf_tables import HFTables
 from megatron_cpt.checkpoint.huggingface import open_hf
 from megatron_cpt.checkpoint.llama import check_supported
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_cpt.checkpoint.meta import is_meta, open_meta
+from megatron_cpt.checkpoint.meta_params import PARAMS
 from megatron_cpt.checkpoint.metadata import METADATA
 from megatron_cpt.checkpoint.mp_rank import open_mp_rank
 from megatron_cpt.checkpoint.mp_rank_files import TRACKER, is_mp_rank, iteration_folder
@@ -27,7 +29,7 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
     """Open a checkpoint; only headers are read.
 
     Args:
-        folder: of a Hugging Face model or a `torch_dist` checkpoint; of a training run: its newest checkpoint.
+        folder: of a checkpoint in any format that `convert` writes; of a training run: its newest checkpoint.
         with_optimizer: find the state of its optimizer too.
         hints: what the checkpoint does not say of itself.
 
@@ -42,11 +44,14 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
         if (iteration / METADATA).exists():  # Megatron tracks both its formats in one way
             return open_torch_dist(iteration, with_optimizer, hints)
         return open_mp_rank(folder, hints)
+    if is_meta(folder):
+        return open_meta(folder, hints)
     if (folder / CONFIG).exists():
         return open_hf(folder)
     raise CheckpointError(
         f"{folder} holds neither {CONFIG} (a Hugging Face model), nor {METADATA} (a torch_dist checkpoint), nor "
-        f"{TRACKER} (a legacy Megatron checkpoint); give the folder of the checkpoint itself"
+        f"{TRACKER} (a legacy Megatron checkpoint), nor consolidated.00.pth (one of Meta's); give the folder of the "
+        "checkpoint itself"
     )
 
 
@@ -74,7 +79,8 @@ def _newest(folder: Path) -> Path:
 
 def state_of_files(model: StoredModel) -> dict[str, list[int]]:
     """Size and time of every file that a model is read from: what changes when one of them does."""
-    files = {run.file for placed in model.tensors.values() for run in placed.runs} | {CONFIG, MANIFEST, METADATA}
+    files = {run.file for placed in model.tensors.values() for run in placed.runs}
+    files |= {CONFIG, MANIFEST, METADATA, PARAMS}
     stats = {name: (model.folder / name).stat() for name in sorted(files) if (model.folder / name).exists()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
