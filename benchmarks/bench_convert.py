@@ -37,7 +37,7 @@ from conversions import (
     add_sizes,
     bytes_of,
     config_of,
-    knows,
+    refused,
     sizes_of,
     tensor_hashes,
     warm,
@@ -223,12 +223,12 @@ def main() -> None:
         if arguments.model is not None:
             (folder / "model").symlink_to(arguments.model.absolute())
         prepare((folder / "model").resolve(), sizes_of(arguments))
-        with_mp_rank = knows("mp_rank")
-        if not with_mp_rank:
-            print("mp_rank is left out: `checkpoint convert --to mp_rank` is not there yet", flush=True)
+        refusal = refused(folder / "model", ("--to", "mp_rank", "--tp", str(arguments.tp), "--pp", str(arguments.pp)))
+        if refusal:
+            print(f"mp_rank is left out: {refusal}", flush=True)
         same = tensor_hashes(folder / "model")
         for number in range(1, arguments.rounds + 1):
-            for step in steps_of(arguments, with_mp_rank):
+            for step in steps_of(arguments, not refusal):
                 rows.append(measure(step, folder, number, same if number == 1 else None))
                 print(rows[-1], flush=True)
     print("\n".join(report(rows)))

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversions import COMMAND, TINY, knows, write_model
+from conversions import COMMAND, TINY, refused, write_model
 from safetensors.torch import load_file
 
 from megatron_cpt.checkpoint import verify
@@ -222,14 +222,15 @@ def main() -> None:
         write_source(source)
         convert(source, folder / "torch_dist", "--to", "torch_dist")
         convert(folder / "torch_dist", folder / "hf", "--to", "hf", "--tokenizer", str(source))
-        if knows("mp_rank"):
-            layout = ("--tp", str(arguments.tp), "--pp", str(arguments.pp))
-            convert(source, folder / "mp_rank", "--to", "mp_rank", *layout)
+        layout = ("--to", "mp_rank", "--tp", str(arguments.tp), "--pp", str(arguments.pp))
+        refusal = refused(source, layout)
+        if refusal:
+            print(f"mp_rank is left out: {refusal}")
+        else:
+            convert(source, folder / "mp_rank", *layout)
         for kind in arguments.formats:
             if (folder / kind).exists():
                 rows += run(kind, source, folder / kind, arguments.trials, arguments.seed)
-            else:
-                print(f"{kind} is left out: `checkpoint convert --to {kind}` is not there yet")
     print("\n".join(report(rows)))
     if arguments.output is not None:
         with open(arguments.output, "w", newline="") as file:

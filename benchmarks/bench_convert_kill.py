@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conversions import COMMAND, Sizes, add_sizes, hashes_of, knows, sizes_of, write_model
+from conversions import COMMAND, Sizes, add_sizes, hashes_of, refused, sizes_of, write_model
 
 MEDIUM = Sizes(8, 1024, 2816, 16, 4, 32000)
 WAYS_IN = {
@@ -246,12 +246,13 @@ def main() -> None:
         write_model(folder / "hf", sizes_of(arguments), 4)
         directions = {"hf-torch_dist": Direction(folder / "hf", "torch_dist")}
         directions["torch_dist-hf"] = Direction(folder / "torch_dist", "hf")
-        if knows("mp_rank"):
-            layout = ("--tp", str(arguments.tp), "--pp", str(arguments.pp))
+        layout = ("--tp", str(arguments.tp), "--pp", str(arguments.pp))
+        refusal = refused(folder / "hf", ("--to", "mp_rank", *layout))
+        if not refusal:
             directions["hf-mp_rank"] = Direction(folder / "hf", "mp_rank", layout)
             directions["mp_rank-hf"] = Direction(folder / "mp_rank", "hf")
         else:
-            print("mp_rank is left out: `checkpoint convert --to mp_rank` is not there yet")
+            print(f"mp_rank is left out: {refusal}")
         if unknown := set(arguments.only) - directions.keys():
             raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(directions)}")
         for direction in directions.values():

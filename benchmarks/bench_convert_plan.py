@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from conversions import COMMAND, SEVENTY_B, Watched, add_sizes, knows, sizes_of, watched, write_model
+from conversions import COMMAND, SEVENTY_B, Watched, add_sizes, sizes_of, watched, write_model
 
 # The tool, on a disk that is large enough.
 ROOMY = """
@@ -82,18 +82,17 @@ def main() -> None:
     workers = ("--workers", str(arguments.workers)) if takes_workers() else ()
     if not workers:
         print("`checkpoint convert` takes no --workers yet: the plan is for one", flush=True)
-    targets: dict[str, tuple[str, ...]] = {"to torch_dist": ("--to", "torch_dist")}
-    if knows("mp_rank"):
-        layout = ("--tp", str(arguments.tp), "--pp", str(arguments.pp))
-        targets[f"to mp_rank {arguments.tp}x{arguments.pp}"] = ("--to", "mp_rank", *layout)
-    else:
-        print("mp_rank is left out: `checkpoint convert --to mp_rank` is not there yet", flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.folder) as name:
         folder = Path(name)
         total = write_model(folder / "model", sizes_of(arguments), arguments.files, sparse=True)
         print(f"{total:,} bytes of weights in {len(list(folder.glob('model/*.safetensors')))} files", flush=True)
         tool = [sys.executable, "-c", ROOMY, "checkpoint"]
+        layout = ("--tp", str(arguments.tp), "--pp", str(arguments.pp))
+        targets: dict[str, tuple[str, ...]] = {
+            "to torch_dist": ("--to", "torch_dist"),
+            f"to mp_rank {arguments.tp}x{arguments.pp}": ("--to", "mp_rank", *layout),
+        }
         commands = {"show": [*tool, "show", str(folder / "model"), "--json"]}
         for what, options in targets.items():
             words = ["convert", str(folder / "model"), str(folder / "new"), *options, *workers]

@@ -289,7 +289,8 @@ def _memory_kib(pid: int) -> tuple[int, int]:
     return kib.get("VmRSS", 0), kib.get("RssAnon", 0) + kib.get("RssShmem", 0)
 
 
-def knows(target: str) -> bool:
-    """Whether `checkpoint convert --to` takes a format."""
-    words = [*COMMAND, "convert", "a", "b", "--to", target, "--dry-run"]
-    return "--to" not in subprocess.run(words, capture_output=True, text=True).stderr
+def refused(source: Path, options: tuple[str, ...]) -> str:
+    """What `checkpoint convert` has against a conversion with these options; "" when it would do it."""
+    words = [*COMMAND, "convert", str(source), str(source.with_name("not-made")), *options, "--dry-run"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
