@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_cpt.checkpoint import LlamaForward, StoredModel, open_checkpoint
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
-from megatron_cpt.checkpoint.mp_rank_files import is_mp_rank
 from megatron_cpt.checkpoint.reader import ModelReader, bits, num_bytes, row_blocks
 from megatron_cpt.config.manifest import read_json, write_json_atomic
 from megatron_cpt.data import Document
@@ -70,7 +69,7 @@ def certify(
         TokenizerError: a tokenizer is not the plan's.
         DataError: no piece of the source text is kept.
     """
-    old, new = _opened(base), _opened(operated)
+    old, new = open_checkpoint(base), open_checkpoint(operated)
     _check_made_by(plan, new)
     tokenizers = _tokenizer(plan, "old", old_tokenizer), _tokenizer(plan, "new", new_tokenizer or operated)
     names = {"embedding": EMBEDDING} if old.llama.tied_embeddings else {"embedding": EMBEDDING, "head": HEAD}
@@ -136,15 +135,6 @@ def check_certificate(operated: str | Path) -> dict[str, Any]:
 def _weights(folder: str | Path) -> str | None:
     recorded: str | None = read_checkpoint_manifest(folder).get("weights_sha256")
     return recorded
-
-
-def _opened(folder: str | Path) -> ModelReader:
-    if is_mp_rank(Path(folder)):
-        raise CheckpointError(
-            f"{folder} is a legacy mp_rank checkpoint, expected a Hugging Face or torch_dist folder: apply the plan to "
-            "the model in one of these formats and certify that, its rows are the same"
-        )
-    return open_checkpoint(folder)
 
 
 def _check_made_by(plan: SurgeryPlan, new: ModelReader) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from megatron_cpt.checkpoint import convert
+from megatron_cpt.checkpoint import convert, verify
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.surgery import parse_method
 from megatron_cpt.data import Document
@@ -258,6 +258,18 @@ def test_the_command(
     assert f"--text ko={tmp_path / 'empty.txt'} holds no text" in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_apply_wrote_in_the_legacy_layout(
+    plan: SurgeryPlan, make_model: Make, old_tokenizer: Path, new_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Two ranks, as Megatron leaves them: no manifest, and its arguments state the size of the vocabulary."""
+    convert(make_model(plan.old_size), tmp_path / "base", "mp_rank", tp=2, tokenizer=old_tokenizer)
+    (tmp_path / "base" / "manifest.json").unlink()
+    made = operated(plan, tmp_path / "base", new_tokenizer, tmp_path / "made")
+    certificate = certify(tmp_path / "base", made, plan, old_tokenizer, TEXTS, "en", 64, new_tokenizer)
+    assert certificate["padding_rows"]["different"] == 0
+    verify(made, convert(made, tmp_path / "hf", "hf")["destination"])
+
+
 def test_what_apply_wrote_in_torch_dist(
     plan: SurgeryPlan,
     make_model: Make,
@@ -280,9 +292,5 @@ def test_what_apply_wrote_in_torch_dist(
     assert main([*words, "--old-tokenizer", str(old_tokenizer / "tokenizer.model")]) == 0
     found = check_certificate(made)
     assert found["padding_rows"] == {"compared": 2 * (512 - plan.new_size), "different": 0}
-    (tmp_path / "legacy").mkdir()
-    (tmp_path / "legacy" / "latest_checkpointed_iteration.txt").write_text("7\n")
-    with pytest.raises(CheckpointError, match="legacy mp_rank checkpoint"):
-        certify(tmp_path / "base", tmp_path / "legacy", plan, old_tokenizer, TEXTS, "en", 64, new_tokenizer)
     with pytest.raises(TokenizerError, match="not the old tokenizer of the plan"):
         certify(tmp_path / "base", made, plan, new_tokenizer, TEXTS, "en", 64, new_tokenizer)

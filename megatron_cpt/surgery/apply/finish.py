@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.checkpoint.described import Hints
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.hf_tables import HFTables
 from megatron_cpt.checkpoint.huggingface import GENERATION
 from megatron_cpt.checkpoint.manifest import KIND, SEALS, write_checkpoint_manifest
+from megatron_cpt.checkpoint.mp_rank import open_mp_rank
 from megatron_cpt.checkpoint.tables import VocabTables, carry
 from megatron_cpt.checkpoint.tokenizer_files import MODEL_FILES, SIDE_FILES, copy_tokenizer
 from megatron_cpt.checkpoint.torch_dist_tables import TorchDistTables
@@ -70,9 +72,15 @@ def finish(
         copy_tokenizer(tokenizer.path, folder)
         write_checkpoint_manifest(folder, old.reader.llama, plan.new_size, padded, plan.new_sha256, inputs, **stated)
     else:
-        sizes = {"vocab_size": plan.new_size, "padded_vocab_size": padded, "tokenizer_sha256": plan.new_sha256}
-        surgery = {**facts, "undo": record}
-        write_manifest(folder / MANIFEST, KIND, inputs, format=old.format, **sizes, surgery=surgery)
+        copy_tokenizer(tokenizer.path, folder)
+        stated = {"format": old.format, "surgery": {**facts, "undo": record}}
+        try:
+            llama = open_mp_rank(source, Hints(vocab_size=plan.old_size)).llama
+        except CheckpointError:  # its tables could be changed, yet it is of no Llama, or of Megatron's older form
+            sizes = {"vocab_size": plan.new_size, "padded_vocab_size": padded, "tokenizer_sha256": plan.new_sha256}
+            write_manifest(folder / MANIFEST, KIND, inputs, **stated, **sizes)
+            return
+        write_checkpoint_manifest(folder, llama, plan.new_size, padded, plan.new_sha256, inputs, **stated)
 
 
 def _finish_folder(folder: Path, old: HFTables, plan: SurgeryPlan, tokenizer: Tokenizer, padded: int) -> dict[str, Any]:

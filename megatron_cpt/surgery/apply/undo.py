@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_cpt.checkpoint.hf_config import CONFIG
 from megatron_cpt.checkpoint.hf_tables import HFTables
 from megatron_cpt.checkpoint.manifest import KIND, write_checkpoint_manifest
-from megatron_cpt.checkpoint.mp_rank_tables import MpRankTables
 from megatron_cpt.checkpoint.opening import open_tables
 from megatron_cpt.checkpoint.reader import raw_bytes
 from megatron_cpt.checkpoint.tables import NewTable, Progress, Rows
@@ -41,7 +40,7 @@ def undo_surgery(
         plan: the plan that was applied.
         source: what `apply_surgery` wrote.
         destination: a new or empty folder; it appears when it is complete.
-        tokenizer: folder or file of the old tokenizer, to go along where the format has room; None: none goes along.
+        tokenizer: folder or file of the old tokenizer, to go along; None: none goes along.
         on_progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -78,8 +77,7 @@ def undo_surgery(
                 )
         if isinstance(new, HFTables):
             _finish_folder(folder, new, record)
-        if not isinstance(new, MpRankTables):
-            copy_tokenizer(None if tokenizer is None else Path(tokenizer), folder)
+        copy_tokenizer(None if tokenizer is None else Path(tokenizer), folder)
         if record["manifest"] is not None:
             write_json_atomic(folder / MANIFEST, record["manifest"])
         elif isinstance(new, HFTables):
