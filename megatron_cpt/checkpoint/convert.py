@@ -20,6 +20,7 @@ from megatron_cpt.checkpoint.huggingface import lay_out_hf
 from megatron_cpt.checkpoint.layout import NewLayout, Target, check_layout
 from megatron_cpt.checkpoint.manifest import write_checkpoint_manifest
 from megatron_cpt.checkpoint.meta import lay_out_meta
+from megatron_cpt.checkpoint.meta_params import PARAMS
 from megatron_cpt.checkpoint.model_card import model_card
 from megatron_cpt.checkpoint.mp_rank import lay_out_mp_rank, rank_divisor
 from megatron_cpt.checkpoint.opening import open_checkpoint, state_of_files
@@ -38,7 +39,7 @@ Format = Literal["hf", "torch_dist", "mp_rank", "meta"]
 FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank", "meta")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOCK = ".lock"
-_CARRIED = ("step", "bos_token_id", "eos_token_id", "huggingface")
+_CARRIED = ("step", "bos_token_id", "eos_token_id", "huggingface", "assumed")
 
 
 def convert(
@@ -205,7 +206,7 @@ def _write_manifest(
     folder: Path, source: StoredModel, plan: _Plan, facts: dict[str, Any], digests: Mapping[str, str]
 ) -> None:
     inputs = {}
-    for name in (MANIFEST, CONFIG):
+    for name in (MANIFEST, CONFIG, PARAMS):
         if (source.folder / name).exists():
             inputs[name] = sha256_file(source.folder / name)
             break

@@ -21,8 +21,8 @@ OWN_PAGES_BYTES = 1 << 20
 def file_inside(folder: Path, name: str) -> Path:
     """The path of a regular file in `folder` that a checkpoint's own index names.
 
-    A download cache of the Hugging Face hub keeps its files as links from `snapshots/<revision>/`
-    into `blobs/`; those are followed, every other link out of the folder is refused.
+    A download cache of the Hugging Face hub keeps its files as links from `snapshots/<revision>/`,
+    and folders in it, into `blobs/`; those are followed, every other link out of the folder is refused.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(
@@ -35,8 +35,7 @@ def file_inside(folder: Path, name: str) -> Path:
     except OSError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, copy or make it again") from None
     roots = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        roots.append(folder.resolve().parent.parent / "blobs")
+    roots += [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
     if real.parent not in roots or not regular:
         raise CheckpointError(
             f"{path} is a link to {real} or not a regular file; a checkpoint may only use files of its own folder, "

@@ -67,4 +67,9 @@ def find_ranks(iteration: Path) -> list[Rank]:
             f"{iteration} holds {', '.join(paths[:4]) or 'no rank'}; expected mp_rank_TT or mp_rank_TT_PPP for every "
             "tensor and pipeline rank, and no expert ranks: give the whole checkpoint"
         )
+    if links := [name for name in paths if (iteration / name).is_symlink()]:
+        raise CheckpointError(
+            f"{iteration / links[0]} is a link; a checkpoint may only use files of its own folder, replace the link by "
+            "the folder"
+        )
     return ranks

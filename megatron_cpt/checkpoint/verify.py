@@ -22,7 +22,7 @@ from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.errors import CheckpointError, VerificationError
 
 Progress = Callable[[int, int], None]
-_SHOWN = ("step", "tokenizer_sha256", "weights_sha256", "cast", "converted_from", "megatron_cpt")
+_SHOWN = ("assumed", "step", "tokenizer_sha256", "weights_sha256", "cast", "converted_from", "megatron_cpt")
 
 
 @dataclass

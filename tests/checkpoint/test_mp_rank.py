@@ -200,6 +200,12 @@ def test_what_is_damaged_or_mixed_up_is_refused(legacy: Path, make_model, tmp_pa
     spoil(lambda model: model.pop("decoder.layers.0.mlp.linear_fc2.weight"), 0, 1)
     with pytest.raises(CheckpointError, match="a part of the checkpoint is missing"):
         open_checkpoint(legacy)
+    (legacy / "release" / "mp_rank_01_001").rename(tmp_path / "elsewhere")
+    (legacy / "release" / "mp_rank_01_001").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link"):
+        open_checkpoint(legacy)
+    (legacy / "release" / "mp_rank_01_001").unlink()
+    (tmp_path / "elsewhere").rename(legacy / "release" / "mp_rank_01_001")
     (legacy / "release" / "mp_rank_01_001" / "model_optim_rng.pt").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         open_checkpoint(legacy)
