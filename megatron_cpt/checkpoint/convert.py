@@ -23,6 +23,7 @@ from megatron_cpt.checkpoint.meta import lay_out_meta
 from megatron_cpt.checkpoint.meta_params import PARAMS
 from megatron_cpt.checkpoint.model_card import model_card
 from megatron_cpt.checkpoint.mp_rank import lay_out_mp_rank, rank_divisor
+from megatron_cpt.checkpoint.nxd import lay_out_nxd
 from megatron_cpt.checkpoint.opening import open_checkpoint, state_of_files
 from megatron_cpt.checkpoint.reader import num_bytes, weights_sha256
 from megatron_cpt.checkpoint.runs import StoredModel
@@ -35,8 +36,8 @@ from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.lock import lock_folder
 
-Format = Literal["hf", "torch_dist", "mp_rank", "meta"]
-FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank", "meta")
+Format = Literal["hf", "torch_dist", "mp_rank", "meta", "nxd"]
+FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank", "meta", "nxd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOCK = ".lock"
 _CARRIED = ("step", "bos_token_id", "eos_token_id", "huggingface", "assumed")
@@ -146,13 +147,18 @@ def _plan(
     dtypes = {name: source.dtype(name) if dtype is None else DTYPES[dtype] for name in source.names()}
     facts, folder = _facts(source, dtypes, tokenizer)
     facts |= {"to": target.format, "cast": dtype, **ends}
-    if target.format == "hf":
+    if target.format in ("hf", "nxd"):
         facts["padded_vocab_size"] = source.vocab_size
         config = hf_config(
             source.llama, source.vocab_size, facts["dtype"], facts["bos_token_id"], facts["eos_token_id"]
         )
         other = facts.get("huggingface", {})
-        layout = lay_out_hf(source, dtypes, {**other.get("config", {}), **config}, other.get("generation_config"))
+        config = {**other.get("config", {}), **config}
+        if target.format == "hf":
+            layout = lay_out_hf(source, dtypes, config, other.get("generation_config"))
+        else:
+            layout = lay_out_nxd(source, dtypes, target, config)
+            facts |= {"tp": target.tp, "pp": target.pp}
     elif target.format == "meta":
         facts |= {"padded_vocab_size": source.vocab_size, "tp": target.tp}
         layout = lay_out_meta(source, dtypes, target)

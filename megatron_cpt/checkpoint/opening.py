@@ -17,6 +17,7 @@ from megatron_cpt.checkpoint.metadata import METADATA
 from megatron_cpt.checkpoint.mp_rank import open_mp_rank
 from megatron_cpt.checkpoint.mp_rank_files import TRACKER, is_mp_rank, iteration_folder
 from megatron_cpt.checkpoint.mp_rank_tables import MpRankTables
+from megatron_cpt.checkpoint.nxd import is_nxd, open_nxd
 from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.checkpoint.torch_dist_tables import TorchDistTables
@@ -46,11 +47,14 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
         return open_mp_rank(folder, hints)
     if is_meta(folder):
         return open_meta(folder, hints)
+    if is_nxd(folder):  # before the next: it has a config.json too
+        return open_nxd(folder, hints)
     if (folder / CONFIG).exists():
         return open_hf(folder)
     raise CheckpointError(
         f"{folder} holds neither {CONFIG} (a Hugging Face model), nor {METADATA} (a torch_dist checkpoint), nor "
-        f"{TRACKER} (a legacy Megatron checkpoint), nor consolidated.00.pth (one of Meta's); give the folder of the "
+        f"{TRACKER} (a legacy Megatron checkpoint), nor consolidated.00.pth (one of Meta's), nor "
+        "model/dp_rank_00_tp_rank_00_pp_rank_00.pt (one of NeuronX Distributed's); give the folder of the "
         "checkpoint itself"
     )
 

@@ -28,7 +28,7 @@ def convert(
     src: Folder,
     dst: Annotated[Path, typer.Argument(help="Folder to make; must be new or empty.")],
     to: Annotated[
-        Literal["hf", "torch_dist", "mp_rank", "meta"] | None,
+        Literal["hf", "torch_dist", "mp_rank", "meta", "nxd"] | None,
         typer.Option(help="Format to write; default: hf, or torch_dist where SRC is hf."),
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size of a format cut by rank.")] = 1,
