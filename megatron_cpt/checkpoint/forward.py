@@ -84,11 +84,26 @@ class LlamaForward:
         hidden_ND = self.embed(tokens_BS.reshape(-1))
         return self.body(hidden_ND, self.layout(batch, length, cu_seqlens)).view(batch, length, -1)
 
-    def layout(self, batch: int, length: int, cu_seqlens: Tensor | Sequence[int] | None = None) -> Layout:
-        """Where documents lie among B rows of S tokens (see `hidden`), for `body` and `body_gradient`."""
+    def layout(
+        self,
+        batch: int,
+        length: int,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        position_N: Tensor | None = None,
+    ) -> Layout:
+        """Where documents lie among B rows of S tokens, for `body` and `body_gradient`.
+
+        Args:
+            batch: B.
+            length: S.
+            cu_seqlens: see `hidden`.
+            position_N: of every token, rising in each document; gaps put tokens far from each other without the
+                tokens between. None: they count from 0.
+        """
         borders = self._borders(batch, length, cu_seqlens)
         starts, lengths = borders[:-1], borders[1:] - borders[:-1]
-        position_N = torch.arange(batch * length) - torch.repeat_interleave(starts, lengths)
+        if position_N is None:
+            position_N = torch.arange(batch * length) - torch.repeat_interleave(starts, lengths)
         groups = tuple((int(size), starts[lengths == size]) for size in lengths.unique())
         return Layout(*self._rotary(position_N.to(self.device)), groups)
 

@@ -33,7 +33,9 @@ def model_card(source: StoredModel, facts: Mapping[str, Any]) -> str:
         "Weights SHA-256": f"`{facts['weights_sha256']}`",
         "Tokenizer SHA-256": f"`{facts['tokenizer_sha256'] or 'not recorded'}`",
         "Converted by": f"megatron-cpt {__version__}, from a `{facts['from']}` checkpoint",
-        "Cast": f"{facts['cast']}, largest error {facts['cast_max_abs_error']:.3g}" if facts.get("cast") else None,
+        "Cast": f"{facts['cast']}, largest error {facts['cast_max_abs_error']:.3g}"
+        if "cast_max_abs_error" in facts  # the source may have had that dtype
+        else None,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     title = Path(facts["destination"]).name

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.checkpoint.layout import NewLayout, gaps, tensor_extents
+from megatron_cpt.checkpoint.manifest import SEALS, read_checkpoint_manifest
 from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.config.manifest import MANIFEST, is_intact
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, VerificationError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -34,16 +35,30 @@ def seal_files(folder: Path, made: NewLayout | StoredModel) -> dict[str, dict[st
     return sealed
 
 
+def check_manifest(folder: Path) -> None:
+    """Look at a folder's manifest itself, if it has one.
+
+    Raises:
+        CheckpointError: it is none of a checkpoint, or holds impossible values.
+        VerificationError: it is sealed and not byte for byte as it was written.
+    """
+    path = folder / MANIFEST
+    # Any one field of a seal asks for all of it: a damaged name must not make the others worthless.
+    if path.exists() and any(name in SEALS for name in read_checkpoint_manifest(folder)) and not is_intact(path):
+        raise VerificationError(
+            f"{path} was changed after it was written, so it proves nothing; restore it, or convert again"
+        )
+
+
 def broken_seals(model: StoredModel) -> list[str]:
     """What of a folder's files is not as its manifest says; empty where all is, or the manifest has no seals.
 
-    The tensors are not looked at. The model has to be open with all that its files hold.
+    The tensors are not looked at. The model has to be open with all that its files hold, and its manifest checked.
     """
-    path = model.folder / MANIFEST
     sealed = model.stated.get("files")
-    if not isinstance(sealed, Mapping) or not path.exists():
+    if not isinstance(sealed, Mapping):
         return []
-    wrong = [] if is_intact(path) else [f"{MANIFEST} was changed after it was written"]
+    wrong = []
     extents = tensor_extents([model.tensors], model.copies)
     for name, said in sealed.items():
         path = model.folder / name

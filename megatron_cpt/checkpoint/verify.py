@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_cpt.checkpoint.execute import Tally, blocks_of, num_workers
-from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_cpt.checkpoint.files import new_tensor
+from megatron_cpt.checkpoint.logits import check_logits
 from megatron_cpt.checkpoint.opening import Hints, open_checkpoint
 from megatron_cpt.checkpoint.reader import bits, num_bytes, raw_bytes, weights_sha256
-from megatron_cpt.checkpoint.runs import STATES, StoredModel
-from megatron_cpt.checkpoint.seal import broken_seals
-from megatron_cpt.config.manifest import MANIFEST
+from megatron_cpt.checkpoint.runs import STATES, StoredModel, total_bytes
+from megatron_cpt.checkpoint.seal import broken_seals, check_manifest
 from megatron_cpt.errors import CheckpointError, VerificationError
 
 Progress = Callable[[int, int], None]
@@ -36,55 +37,58 @@ class _Found:
 
 def verify(
     src: str | Path,
-    dst: str | Path,
+    dst: str | Path | None = None,
     on_progress: Progress | None = None,
     *,
+    logits: bool = False,
     workers: int | None = None,
     hints: Hints | None = None,
 ) -> dict[str, Any]:
     """Compare two checkpoints of any format: the config field by field, every tensor bit for bit.
 
-    Both are read through their own mapping to HF names, so a conversion is checked by its inverse.
-    A cast that the destination's manifest states is applied to the source first; any other
-    difference of dtype is a failure. NaN and infinity are failures wherever they are, and so is any byte of the
-    destination's files that is not as its manifest says.
+    Both are read through their own mapping to HF names, so a conversion is checked by its inverse. A cast that the
+    destination's manifest states is applied to the source first; any other difference of dtype is a failure. NaN and
+    infinity are failures wherever they are, and so is any byte of the destination's files that is not as its manifest
+    says. One checkpoint alone is compared with the hashes of its own manifest.
 
     Args:
-        src: what it was made from.
+        src: what it was made from; without `dst`: what is proved.
         dst: what is proved.
         on_progress: called with (bytes done, bytes in all).
+        logits: compute both in fp32 and compare their logits too, see `logits.compare_logits`.
         workers: tensors that are compared at once; None: one for each core, eight at most.
         hints: what the source does not say of itself.
 
     Returns:
-        {"equal": True, "tensors", "bytes", "cast", "weights_sha256", "zero_rows": rows of the
-        destination that are all zero, by tensor (a fact: many models have unused rows),
-        "padding_rows", "files": number of files whose every byte the manifest vouches for}.
+        {"equal": True with two checkpoints, "intact": True with one, "tensors", "bytes", "cast", "weights_sha256",
+        "zero_rows": rows of what is proved that are all zero, by tensor (a fact: many models have unused rows),
+        "padding_rows", "files": number of files whose every byte the manifest vouches for,
+        "logits": what `compare_logits` gives, where they were asked for}.
 
     Raises:
         VerificationError: something differs; the message names it.
-        CheckpointError: one of the two cannot be read.
+        CheckpointError: one of the two cannot be read, or a single one has no hashes to be compared with.
     """
-    target = open_checkpoint(dst, with_optimizer=False)
-    if (target.folder / MANIFEST).exists():
-        read_checkpoint_manifest(target.folder)  # whatever is wrong with it
-    if any(name.split("/", 1)[0] in STATES for name in target.stated.get("tensors", ())):
-        target = open_checkpoint(dst, with_optimizer=True)
-    source = open_checkpoint(src, with_optimizer=bool(target.state_names()), hints=hints)
-    _compare_configs(source, target)
-    names = [*target.names(), *(name for name in target.state_names() if name in source.tensors)]
-    total = sum(num_bytes(target.shape(name), target.dtype(name)) for name in names)
-    tally, cast = Tally(total, on_progress), target.stated.get("cast")
-    with ThreadPoolExecutor(num_workers(workers)) as pool:
-        found = dict(zip(names, pool.map(lambda name: _compare(source, target, name, cast, tally), names), strict=True))
+    target = _open(src if dst is None else dst, hints if dst is None else None)
+    source = None
+    if dst is None:
+        _require_hashes(target, logits)
+    else:
+        source = open_checkpoint(src, with_optimizer=bool(target.state_names()), hints=hints)
+        _compare_configs(source, target)
+    _fail_as_changed(target, broken_seals(target))
+    names = [*target.names(), *target.state_names()]
+    total, cast = total_bytes(target, names), target.stated.get("cast")
+    found = _compare_all(source, target, names, Tally(total, on_progress), num_workers(workers))
     failures = [f"{name} {seen.problem}" for name, seen in found.items() if seen.problem is not None]
     if failures:
+        told = "is damaged" if source is None else f"is not the model of {source.folder}"
         more = f" (and {len(failures) - 3} more tensors)" if len(failures) > 3 else ""
-        raise VerificationError(f"{dst} is not the model of {src}: {'; '.join(failures[:3])}{more}; convert it again")
+        raise VerificationError(f"{target.folder} {told}: {'; '.join(failures[:3])}{more}; convert it again")
     digests = {name: seen.sha256 for name, seen in found.items()}
     _check_recorded(target, digests)
-    return {
-        "equal": True,
+    facts = {
+        "intact" if source is None else "equal": True,
         "tensors": len(names),
         "bytes": total,
         "cast": cast,
@@ -93,6 +97,7 @@ def verify(
         "padding_rows": _check_padding(target),
         "files": len(target.stated.get("files", ())),
     }
+    return facts if source is None or not logits else facts | {"logits": check_logits(source, target)}
 
 
 def show(path: str | Path, hints: Hints | None = None) -> dict[str, Any]:
@@ -117,6 +122,26 @@ def show(path: str | Path, hints: Hints | None = None) -> dict[str, Any]:
     return facts | {key: model.stated[key] for key in _SHOWN if model.stated.get(key) is not None}
 
 
+def _open(folder: str | Path, hints: Hints | None) -> StoredModel:
+    """What is to be proved, with the state of its optimizer where its manifest records that."""
+    target = open_checkpoint(folder, with_optimizer=False, hints=hints)
+    check_manifest(target.folder)
+    if any(name.split("/", 1)[0] in STATES for name in target.stated.get("tensors", ())):
+        target = open_checkpoint(folder, with_optimizer=True, hints=hints)
+    return target
+
+
+def _require_hashes(target: StoredModel, logits: bool) -> None:
+    if logits:
+        raise CheckpointError(f"got {target.folder} alone; logits are compared with those of a second checkpoint")
+    missing = [name for name in target.names() if name not in target.stated.get("tensors", ())]
+    if missing or not target.stated.get("files"):
+        raise CheckpointError(
+            f"{target.folder} has no manifest that records the hashes of its tensors and files, so nothing can be "
+            "proved of it alone; give what it was made from as well: `checkpoint verify SOURCE FOLDER`"
+        )
+
+
 def _compare_configs(source: StoredModel, target: StoredModel) -> None:
     ours = source.llama.model_dump() | {"vocab_size": source.vocab_size}
     theirs = target.llama.model_dump() | {"vocab_size": target.vocab_size}
@@ -128,31 +153,72 @@ def _compare_configs(source: StoredModel, target: StoredModel) -> None:
         raise VerificationError(f"{target.folder} is not the model of {source.folder}: {'; '.join(different)}")
 
 
-def _compare(source: StoredModel, target: StoredModel, name: str, cast: str | None, tally: Tally) -> _Found:
-    """Stream one tensor of both."""
-    dtype = target.dtype(name)
-    if source.shape(name) != target.shape(name):
-        return _Found("", f"has shape {target.shape(name)}, not {source.shape(name)}", 0)
-    if dtype != source.dtype(name) and f"torch.{cast}" != str(dtype):
+def _compare_all(
+    source: StoredModel | None, target: StoredModel, names: Sequence[str], tally: Tally, workers: int
+) -> dict[str, _Found]:
+    """Stream all tensors; the first that cannot be read ends it."""
+    largest_first = sorted(names, key=lambda name: -total_bytes(target, [name]))
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {name: pool.submit(_compare, source, target, name, tally) for name in largest_first}
+        try:
+            for future in as_completed(futures.values()):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return {name: futures[name].result() for name in names}
+
+
+def _compare(source: StoredModel | None, target: StoredModel, name: str, tally: Tally) -> _Found:
+    """Stream one tensor of both, or of the target where the source has none of that name."""
+    dtype, shape = target.dtype(name), target.shape(name)
+    if source is not None and name not in source.tensors:
+        source = None
+    if source is not None and source.shape(name) != shape:
+        return _Found("", f"has shape {shape}, not {source.shape(name)}", 0)
+    if source is not None and dtype != source.dtype(name) and f"torch.{target.stated.get('cast')}" != str(dtype):
         return _Found("", f"is {dtype} instead of {source.dtype(name)}, and the manifest states no such cast", 0)
     digest, different, zeros, finite = hashlib.sha256(), 0, 0, True
+    held: Tensor | None = None
     for start, theirs in blocks_of(target, name):
         try:
             target.check_copies(name, start, theirs)
         except CheckpointError as caught:
             return _Found("", f"has two versions ({caught})", 0)
         digest.update(raw_bytes(theirs))
-        ours = source.read_rows(name, start, start + len(theirs)).to(dtype)
-        if not torch.equal(bits(ours), bits(theirs)):
-            different += int((bits(ours) != bits(theirs)).sum())
-        finite = finite and bool(torch.isfinite(theirs).all())
-        if theirs.dim() == 2:
-            zeros += int((~theirs.any(dim=1)).sum())
+        if source is not None:
+            if held is None:  # the first block is the largest
+                held = new_tensor(tuple(theirs.shape), source.dtype(name))
+            source.read_into(name, start, held[: len(theirs)])
+            different += _num_different(held[: len(theirs)].to(dtype), theirs)
+        smallest, largest = theirs.aminmax()  # NaN is both of them where there is one
+        finite = finite and bool(smallest.isfinite() & largest.isfinite())
+        zeros += _num_zero_rows(theirs)
         tally.add(num_bytes(tuple(theirs.shape), dtype))
     problem = None if finite else "holds NaN or infinity"
     if different:
-        problem = f"differs in {different} of {num_bytes(target.shape(name), torch.uint8)} elements"
+        problem = f"differs in {different} of {num_bytes(shape, torch.uint8)} elements"
     return _Found(digest.hexdigest(), problem, zeros)
+
+
+def _num_different(ours: Tensor, theirs: Tensor) -> int:
+    """Number of elements that are not the same bit for bit."""
+    left, right = (tensor.reshape(-1).view(torch.uint8) for tensor in (ours, theirs))
+    even = len(left) // 8 * 8  # words of eight bytes are compared several times faster than what they are made of
+    if torch.equal(left[:even].view(torch.int64), right[:even].view(torch.int64)) and torch.equal(
+        left[even:], right[even:]
+    ):
+        return 0
+    return int((bits(ours) != bits(theirs)).sum())
+
+
+def _num_zero_rows(block: Tensor) -> int:
+    """Number of a matrix's rows that are all zero; 0 for a vector."""
+    if block.dim() != 2:
+        return 0
+    # One quick pass finds the few rows that may be.
+    rows = (block.sum(dim=1) == 0).nonzero()[:, 0]
+    return len(rows) - int(block[rows].any(dim=1).sum()) if len(rows) else 0
 
 
 def _root(target: StoredModel, digests: dict[str, str]) -> str:
@@ -164,13 +230,16 @@ def _root(target: StoredModel, digests: dict[str, str]) -> str:
 
 
 def _check_recorded(target: StoredModel, digests: dict[str, str]) -> None:
-    """Raise VerificationError unless the destination is byte for byte what its manifest describes."""
-    recorded = target.stated.get("tensors") or {}
-    changed = [name for name, sha256 in digests.items() if recorded.get(name, sha256) != sha256]
-    wrong = [f"{name} does not have its recorded hash" for name in changed]
+    """Raise VerificationError unless the tensors have the hashes that the manifest records."""
+    recorded = target.stated.get("tensors") or digests
+    wrong = [f"{name} is not there" for name in recorded if name not in digests]
+    wrong += [f"{name} does not have its recorded hash" for name in digests if recorded.get(name) != digests[name]]
     if not wrong and target.stated.get("weights_sha256") not in (None, _root(target, digests)):
         wrong = ["its weights do not have the hash of its manifest"]
-    wrong += broken_seals(target)
+    _fail_as_changed(target, wrong)
+
+
+def _fail_as_changed(target: StoredModel, wrong: Sequence[str]) -> None:
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise VerificationError(

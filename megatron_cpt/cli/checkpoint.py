@@ -80,12 +80,22 @@ def convert(
 
 
 @app.command()
-def verify(src: Folder, dst: Folder, as_json: JsonOption = False) -> None:
-    """Prove that DST holds the model of SRC: the config field by field, every tensor bit for bit."""
+def verify(
+    src: Folder,
+    dst: Annotated[Path | None, typer.Argument(help="What was made from SRC.", show_default=False)] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Compute both in fp32, and compare the logits near and far.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that DST holds the model of SRC: the config field by field, every tensor bit for bit.
+
+    SRC alone is compared with the hashes of its own manifest.
+    """
     from megatron_cpt.checkpoint import verify
 
-    with progress(f"Verifying {dst}") as advance:
-        facts = verify(src, dst, on_progress=advance)
+    with progress(f"Verifying {dst or src}") as advance:
+        facts = verify(src, dst, on_progress=advance, logits=logits)
     emit(facts, as_json, _facts)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cpt.checkpoint import convert, show, verify
-from megatron_cpt.errors import VerificationError
+from megatron_cpt.checkpoint import LlamaForward, StoredModel, convert, open_checkpoint, show, verify
+from megatron_cpt.checkpoint.logits import compare_logits
+from megatron_cpt.errors import CheckpointError, VerificationError
 
 UP = "model.layers.2.mlp.up_proj.weight"
 
@@ -100,3 +101,105 @@ def test_show(pair: tuple[Path, Path]) -> None:
     )
     assert (seen["format"], shown["format"]) == ("hf", "torch_dist")
     assert (shown["vocab_size"], shown["padded_vocab_size"], shown["dtype"]) == (133, 256, "float32")
+
+
+def test_one_folder_by_its_own_manifest(pair: tuple[Path, Path]) -> None:
+    source, stored = pair
+    facts = verify(stored)
+    assert facts["intact"] and facts["tensors"] == 30 and facts["files"] == 4
+    assert facts["weights_sha256"] == verify(source, stored)["weights_sha256"]
+    with pytest.raises(CheckpointError, match="no manifest that records the hashes .* give what it was made from"):
+        verify(source)
+    with pytest.raises(CheckpointError, match="logits are compared with those of a second"):
+        verify(stored, logits=True)
+    file = next(stored.glob("*.distcp"))
+    run = open_checkpoint(stored).tensors[UP].runs[0]
+    file.write_bytes(file.read_bytes()[: run.offset] + b"\1" + file.read_bytes()[run.offset + 1 :])
+    with pytest.raises(VerificationError, match=f"{UP} does not have its recorded hash"):
+        verify(stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0])
+def test_single_elements_in_every_dtype(dtype: torch.dtype, value: float, make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf", dtype=torch.float32, hidden_size=40)
+
+    def edit(tensor: torch.Tensor) -> None:
+        tensor[5] = 0.0
+        tensor[5, 17] = value
+
+    for file in source.glob("*.safetensors"):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    change(source, UP, edit)
+    if value == 0.0:
+        assert verify(source, source)["zero_rows"] == {UP: 1}
+        return
+    with pytest.raises(VerificationError, match=f"{UP} holds NaN or infinity"):
+        verify(source, source)
+
+
+def test_a_row_whose_sum_is_zero_is_not_a_zero_row(make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf")
+
+    def edit(tensor: torch.Tensor) -> None:
+        tensor[:3] = 0.0
+        tensor[1, :2] = torch.tensor([2.0, -2.0])
+        tensor[2, 3] = -0.0
+
+    change(source, UP, edit)
+    assert verify(source, source)["zero_rows"] == {UP: 2}
+
+
+def test_a_tensor_that_cannot_be_read_ends_it(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, stored = pair
+    begun: list[str] = []
+    read = StoredModel.read_into
+
+    def failing(model: StoredModel, name: str, start: int, out: torch.Tensor) -> None:
+        begun.append(name)
+        if len(begun) == 3:
+            raise CheckpointError("the disk has gone")
+        read(model, name, start, out)
+
+    monkeypatch.setattr(StoredModel, "read_into", failing)
+    with pytest.raises(CheckpointError, match="the disk has gone"):
+        verify(source, stored, workers=1)
+    assert len(set(begun)) < 10
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_of_a_cast_keep_its_bound(dtype: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = pair
+    convert(source, tmp_path / "cast", "torch_dist", dtype=dtype)
+    facts = verify(source, tmp_path / "cast", logits=True)["logits"]
+    half_eps = torch.finfo(getattr(torch, dtype)).eps / 2
+    for name in ("near", "far"):  # something differs, by what the dtype explains and not by an order less
+        assert half_eps < facts[f"{name}_relative_diff"] < facts["bound"] == pytest.approx(30 * half_eps * 8**0.5)
+    convert(tmp_path / "cast", tmp_path / "wide", "hf", dtype="float32")  # exact: the bound is that of fp32
+    facts = verify(tmp_path / "cast", tmp_path / "wide", logits=True)["logits"]
+    assert facts["far_relative_diff"] <= facts["bound"] == pytest.approx(30 * 2**-24 * 8**0.5)
+
+
+def test_far_positions_end_where_the_model_ends(make_model, tmp_path: Path) -> None:
+    for limit, expected in ((4, "0-3"), (12, "0-11"), (100, "0-11, 17-24, 42-49, 92-99")):
+        source = make_model(tmp_path / str(limit), max_position_embeddings=limit)
+        facts = compare_logits(open_checkpoint(source), open_checkpoint(source))
+        assert facts["far_positions"] == expected and facts["near_positions"] == f"0-{min(limit, 64) - 1}"
+
+
+def test_far_tokens_see_each_other_as_in_a_whole_text(make_model, tmp_path: Path) -> None:
+    """Of a text whose tokens between attract no attention, the far ones alone are left."""
+    forward = LlamaForward(make_model(tmp_path / "hf"))
+    tokens = torch.arange(6)[None]
+    hidden_ND = forward.embed(tokens[0])
+    shifted = forward.body(hidden_ND, forward.layout(1, 6, position_N=torch.arange(6) + 900))
+    assert torch.allclose(shifted, forward.hidden(tokens)[0], atol=1e-3)  # attention is relative
+    apart = forward.body(hidden_ND, forward.layout(1, 6, position_N=torch.tensor([0, 1, 2, 903, 904, 905])))
+    assert torch.equal(apart[:3], forward.hidden(tokens)[0, :3])
+    assert (apart[3:] - shifted[3:]).abs().max() > 0.1
+
+
+def test_a_cast_to_its_own_dtype_has_no_error_to_tell(make_model, tmp_path: Path) -> None:
+    convert(make_model(tmp_path / "hf"), tmp_path / "same", "hf", dtype="float32")
+    assert "Cast" not in (tmp_path / "same" / "README.md").read_text()
+    assert verify(tmp_path / "hf", tmp_path / "same")["equal"]
