@@ -32,7 +32,8 @@ def compare_logits(source: StoredModel, target: StoredModel) -> dict[str, Any]:
     independent, and each of the 2 * layers + 2 steps from the embedding to the logits adds those of its own; so the
     logits are off by about u * sqrt(2 * layers + 2) of their standard deviation. The bound is 30 times that: u of
     fp32 (2e-5 of a deviation for 32 layers), or of the target's dtype where that is a coarser one than the source's
-    (1 for bfloat16 and 32 layers, where the logits of an unrelated model differ by 7).
+    (1 for bfloat16 and 32 layers, where the logits of an unrelated model differ by 7). A cast model beyond it was
+    converted wrongly, or needs more precision than the dtype has.
 
     Returns:
         `max_abs_diff`; `std` of the source's logits; `bound`, of differences relative to it; and of each document
@@ -66,7 +67,7 @@ def check_logits(source: StoredModel, target: StoredModel) -> dict[str, Any]:
             raise VerificationError(
                 f"{target.folder} does not compute what {source.folder} does: at positions {facts[f'{name}_positions']}"
                 f" its logits differ by {facts[f'{name}_relative_diff']:.1e} of their standard deviation, expected at "
-                f"most {facts['bound']:.1e}; convert it again"
+                f"most {facts['bound']:.1e}; convert it again, or, after a cast, to a finer dtype"
             )
     return facts
 
