@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,15 +64,15 @@ class Journal:
 
     def __init__(self, folder: Path, key: str) -> None:
         self._path, self._lock = folder / JOURNAL, threading.Lock()
-        self.done: dict[str, str] = {}
+        self.done: dict[str, tuple[str, float]] = {}
         first, *lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
         if first != key.encode():
             self._path.write_bytes(key.encode() + b"\n")
             return
         for line in lines:
             with suppress(ValueError, TypeError):  # the last line of a killed process may be cut short
-                name, digest = json.loads(line)
-                self.done[name] = digest
+                name, digest, error = json.loads(line)
+                self.done[name] = digest, error
         with open(self._path, "ab") as file:
             file.write(b"\n")  # ends such a line
 
@@ -81,10 +82,10 @@ class Journal:
         path = folder / JOURNAL
         return path.exists() and path.read_bytes().split(b"\n", 1)[0] == key.encode()
 
-    def add(self, name: str, digest: str) -> None:
-        """Note that a tensor is written."""
+    def add(self, name: str, digest: str, error: float) -> None:
+        """Note that a tensor is written, and the largest error of its cast."""
         with self._lock, open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps([name, digest]) + "\n")
+            file.write(json.dumps([name, digest, error]) + "\n")
 
     def close(self) -> None:
         """Remove it: the work is done."""
@@ -119,28 +120,36 @@ def execute(
     _prepare(layout, folder)
     target = StoredModel(folder, source.format, source.llama, source.vocab_size, 0, layout.tensors)
     progress = Tally(sum(num_bytes(p.shape, p.dtype) for p in layout.tensors.values()), on_progress)
-    errors: list[float] = []
 
-    def work(name: str) -> tuple[str, str, bool]:
+    def work(name: str) -> _Done:
         placed, before = layout.tensors[name], journal.done.get(name)
-        if before is not None and before == digest_of(target, name) and _copies_agree(folder, layout, target, name):
+        if before and before[0] == digest_of(target, name) and _copies_agree(folder, layout, target, name):
             progress.add(num_bytes(placed.shape, placed.dtype))
-            return name, before, True
+            return _Done(name, *before, True)
         digest, error = _move(source, layout, folder, name, progress)
-        if placed.dtype != source.dtype(name):
-            errors.append(error)
-        journal.add(name, digest)
-        return name, digest, False
+        journal.add(name, digest, error)
+        return _Done(name, digest, error, False)
 
     # The largest first: none of them is left for a lonely worker at the end.
     order = sorted(layout.tensors, key=lambda name: -num_bytes(layout.tensors[name].shape, layout.tensors[name].dtype))
     with ThreadPoolExecutor(workers) as pool:
         done = list(_collected(pool, work, order))
         list(pool.map(lambda file: _sync(folder / file.name), layout.files))
-    facts: dict[str, int | float] = {"resumed": sum(resumed for _, _, resumed in done)}
+    facts: dict[str, int | float] = {"resumed": sum(each.resumed for each in done)}
+    errors = [each.error for each in done if layout.tensors[each.name].dtype != source.dtype(each.name)]
     if errors:
         facts["cast_max_abs_error"] = max(errors)
-    return {name: digest for name, digest, _ in done}, facts
+    return {each.name: each.digest for each in done}, facts
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A tensor that is written."""
+
+    name: str
+    digest: str
+    error: float
+    resumed: bool
 
 
 def digest_of(model: StoredModel, name: str) -> str:
@@ -163,9 +172,7 @@ def blocks_of(model: StoredModel, name: str) -> Iterator[tuple[int, Tensor]]:
         yield start, block
 
 
-def _collected(
-    pool: ThreadPoolExecutor, work: Callable[[str], tuple[str, str, bool]], names: Iterable[str]
-) -> Iterator[tuple[str, str, bool]]:
+def _collected(pool: ThreadPoolExecutor, work: Callable[[str], _Done], names: Iterable[str]) -> Iterator[_Done]:
     """Results of the work; the first failure ends all of it."""
     futures = [pool.submit(work, name) for name in names]
     try:

@@ -190,7 +190,12 @@ def test_an_interrupted_conversion_goes_on(make_model, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", "torch_dist", on_progress=stop)
     (tmp_path / ".out.partial" / ".metadata").write_text("half")
-    assert convert(source, tmp_path / "out", "torch_dist", dtype="bfloat16")["resumed"] == 0
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", "torch_dist", dtype="bfloat16", workers=1, on_progress=stop)
+    whole = convert(source, tmp_path / "whole", "torch_dist", dtype="bfloat16")
+    gone_on = convert(source, tmp_path / "out", "torch_dist", dtype="bfloat16")
+    assert whole["resumed"] == 0 < gone_on["resumed"]
+    assert gone_on["cast_max_abs_error"] == whole["cast_max_abs_error"] > 0
     verify(source, tmp_path / "out")
     assert not (tmp_path / ".out.partial").exists()
 
