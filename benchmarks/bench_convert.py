@@ -3,11 +3,11 @@
 The model is a Llama of 1.25 G random weights in bf16 (2.5 GB) without tokenizer. In every round each of these works on
 files that the page cache holds, in a process of its own, imports included: the floor, a plain read and write of the
 same bytes in blocks of 64 MiB with an fsync of every file at the end (and, as a note, without); Hugging Face to
-torch_dist and back; to mp_rank files and back; transformers' load and save in bf16, which calls no fsync; if asked for,
-torchtitan's scripts, which hold the model in float32. What earlier steps wrote is on the disk before the next one
-starts. The peak is the larger of ru_maxrss and of the resident memory sampled over all processes of the command;
-"anonymous" is what no file stands behind. In the first round the tensors of all Hugging Face folders that were made are
-compared with the model's by SHA-256, through a reader of 15 lines.
+torch_dist and back; to mp_rank files and back; transformers' load and save in bf16, which calls no fsync (and, as a
+note, with one of each file after it); if asked for, torchtitan's scripts, which hold the model in float32. What earlier
+steps wrote is on the disk before the next one starts. The peak is the larger of ru_maxrss and of the resident memory
+sampled over all processes of the command; "anonymous" is what no file stands behind. In the first round the tensors of
+all Hugging Face folders that were made are compared with the model's by SHA-256, through a reader of 15 lines.
 
     python benchmarks/bench_convert.py --rounds 3 --output convert.csv
     python benchmarks/bench_convert.py --layers 2 --hidden 256 --ffn 704 --vocab 4000 --rounds 1 --output small.csv
@@ -46,7 +46,7 @@ from conversions import (
 )
 
 FILES = 6  # of the model
-FLOOR, UNSYNCED, PEER = "floor", "floor without fsync", "transformers"
+FLOOR, UNSYNCED, PEER, SYNCED_PEER = "floor", "floor without fsync", "transformers", "transformers, then fsync"
 MAX_RATIO, MAX_PEAK_MIB = 2.0, 450
 COLUMNS = ("round", "what", "wall_seconds", "cpu_seconds", "peak_mib", "anonymous_mib", "bytes", "load")
 Row = dict[str, Any]
@@ -73,6 +73,7 @@ def steps_of(arguments: argparse.Namespace, with_mp_rank: bool) -> list[Step]:
         Step("hf to torch_dist", "model", "dist", convert, ("--to", "torch_dist")),
         Step("torch_dist to hf", "dist", "hf", convert, ("--to", "hf"), last=("dist", "hf")),
         Step(PEER, "model", "peer", (*own, "peer"), last=("peer",)),
+        Step(SYNCED_PEER, "model", "peer", (*own, "peer-synced"), last=("peer",)),
         Step(UNSYNCED, "model", "copy", (*own, "copy-unsynced"), last=("copy",)),
     ]
     if with_mp_rank:
@@ -111,12 +112,15 @@ def copy(source: Path, result: Path, sync: bool) -> None:
         new.close()
 
 
-def peer(source: Path, result: Path) -> None:
-    """What transformers does."""
+def peer(source: Path, result: Path, sync: bool) -> None:
+    """What transformers does, and, with `sync`, an fsync of each of its files."""
     import torch
     import transformers
 
     transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(result)
+    for path in result.iterdir() if sync else ():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def titan(sizes: Sizes, checkout: Path, script: str, words: list[str]) -> None:
@@ -180,7 +184,7 @@ def report(rows: list[Row]) -> list[str]:
             f"| {what} | {spread(wall, 1)} | {statistics.median(cpu):.1f} | {max(peak)} | {max(anonymous)} "
             f"| {spread(to_floor)} | {spread(to_peer)} |"
         )
-        if what in (FLOOR, UNSYNCED, PEER) or what.startswith("torchtitan"):
+        if what in (FLOOR, UNSYNCED, PEER, SYNCED_PEER) or what.startswith("torchtitan"):
             continue
         least_peer = min(row["peak_mib"] for row in by_step[PEER])
         met = {
@@ -245,7 +249,7 @@ if __name__ == "__main__":
         copy(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[1] == "copy")
     elif sys.argv[1:2] == ["titan"]:
         titan(Sizes(**json.loads(sys.argv[2])), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])
-    elif sys.argv[1:2] == ["peer"]:
-        peer(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1:2] in (["peer"], ["peer-synced"]):
+        peer(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[1] == "peer-synced")
     else:
         main()
