@@ -27,10 +27,10 @@ from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.training.folder import CHECKPOINTS, checkpoint_folders
+from megatron_cpt.training.masters import OPTIMIZER_METADATA, LoadedWeights, optimizer_state_to_save
 
 PROOF = "proof.safetensors"
 _OF_STATE = ("params", "step")  # of a parameter group: what is not a setting
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def model_state(model: Sequence[Any]) -> dict[str, Any]:
@@ -63,7 +63,9 @@ def _load_all(model: Sequence[Any], optimizer: Any, folder: Path, advice: str) -
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=OPTIMIZER_METADATA)
     loaded = _load(state, folder, advice)
     _set_weights(model, loaded, folder)
+    weights = LoadedWeights(model, optimizer)
     optimizer.load_state_dict(loaded["optimizer"])
+    weights.refuse_other_masters(folder)
 
 
 def _load(state: dict[str, Any], folder: Path, advice: str) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     state = model_state(model)
-    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=OPTIMIZER_METADATA)
+    state["optimizer"] = optimizer_state_to_save(optimizer, state)
     state["step"] = step
     # Saving is synchronous here: the engine's own queue would start a server process on every rank,
     # which imports everything again and outlives a rank that is killed.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+from torch import Tensor
 
+from megatron_cpt.checkpoint.chunks import BoxReader, DataFiles
 from megatron_cpt.checkpoint.convert import convert
+from megatron_cpt.checkpoint.metadata import Chunk, read_index, write_index
 from megatron_cpt.checkpoint.random import write_random_hf
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
 from megatron_cpt.data import Document, build_dataset
@@ -69,7 +73,7 @@ class Tiny:
         """
         paths = []
         for name, changes in jobs.items():
-            config = self.config(self.root / name, **changes)
+            config = self.config(**{"output": self.root / name, **changes})
             paths.append(str(self.root / f"{name}.json"))
             Path(paths[-1]).write_text(config.model_dump_json())
         launch("tests.training.many_jobs", [str(num_processes), *paths], 1, self.root / "logs" / "-".join(jobs))
@@ -113,6 +117,17 @@ def make_tiny(root: Path, vocab_size: int, shape: LlamaShape = SHAPE) -> Tiny:
     write_random_hf(shape, vocab_size, 5, tiny.hf, 1, 2)
     convert(tiny.hf, tiny.initial, "torch_dist", tokenizer=tiny.tokenizer)
     return tiny
+
+
+def change_stored(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Put other numbers in place of those of a tensor in a torch_dist folder."""
+    tensors, objects = read_index(folder, lambda _: True)
+    stored = tensors[name]
+    origin = tuple(0 for _ in stored.size)
+    with DataFiles(folder, "__changed") as files:
+        place = files.save(change(BoxReader(folder).read(stored, origin, stored.size).clone()))
+    chunk = Chunk(origin, stored.size, *place)
+    write_index(folder, {**tensors, name: replace(stored, chunks=(chunk,))}, objects)
 
 
 DATASETS = {"a": 200, "b": 100, "held": 10}

@@ -1,4 +1,4 @@
-"""Ten traps of megatron-core 0.16.1, and what keeps each of them shut.
+"""Eleven traps of megatron-core 0.16.1, and what keeps each of them shut.
 
 1. The interleaved schedule with overlapped sends frees an output that is still being sent:
    tests/model/test_llama.py::test_settings_that_close_a_trap,
@@ -27,6 +27,9 @@
 10. Padded rows of the vocabulary take part in the loss, and their number depends on TP:
    tests/training/test_against_transformers.py::test_ten_steps_equal_transformers (vocabulary 250),
    tests/training/test_variants.py::test_layout_equals_one_process (threes-TP3)
+11. Masters and moments behind a bucket with a padded end are saved shifted:
+   tests/training/test_masters.py::test_state_behind_a_padded_bucket,
+   tests/training/test_masters.py::test_masters_of_other_weights_are_refused
 
 Interleaving over two stages without overlapped sends mixes messages up and is refused:
    tests/training/test_bad_input.py::test_impossible_layout
@@ -44,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_trap_has_its_test() -> None:
     assert __doc__ is not None
     traps = [part for part in re.split(r"\n(?=\d+\. )", __doc__) if part[0].isdigit()]
-    assert [int(trap.split(".")[0]) for trap in traps] == list(range(1, 11))
+    assert [int(trap.split(".")[0]) for trap in traps] == list(range(1, 12))
     named = [re.findall(r"(tests/[\w/]+\.py)::(\w+)", trap) for trap in traps]
     assert all(named)
     for path, name in (pair for pairs in named for pair in pairs):
