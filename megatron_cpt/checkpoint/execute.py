@@ -11,9 +11,9 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ Progress = Callable[[int, int], None]
 JOURNAL = ".journal.jsonl"
 BLOCK_BYTES = 16 << 20
 MAX_WORKERS = 8
+FLUSH_SECONDS = 0.5
 _PROCESS_BYTES = 300 << 20  # Python, torch and the tables of a plan
 
 
@@ -132,9 +133,11 @@ def execute(
 
     # The largest first: none of them is left for a lonely worker at the end.
     order = sorted(layout.tensors, key=lambda name: -num_bytes(layout.tensors[name].shape, layout.tensors[name].dtype))
+    paths = [folder / file.name for file in layout.files]
     with ThreadPoolExecutor(workers) as pool:
-        done = list(_collected(pool, work, order))
-        list(pool.map(lambda file: _sync(folder / file.name), layout.files))
+        with _flushing(paths):
+            done = list(_collected(pool, work, order))
+        list(pool.map(_sync, paths))
     facts: dict[str, int | float] = {"resumed": sum(each.resumed for each in done)}
     errors = [each.error for each in done if layout.tensors[each.name].dtype != source.dtype(each.name)]
     if errors:
@@ -237,6 +240,26 @@ def _copies_agree(folder: Path, layout: NewLayout, target: StoredModel, name: st
             if not torch.equal(bits(ours), bits(theirs)):
                 return False
     return True
+
+
+@contextmanager
+def _flushing(paths: Sequence[Path]) -> Iterator[None]:
+    """Bring files to disk while they are being written, so that little is left to wait for at the end."""
+    finished = threading.Event()
+
+    def flush() -> None:
+        while not finished.wait(FLUSH_SECONDS):
+            for path in paths:
+                if not finished.is_set():
+                    _sync(path)
+
+    with ThreadPoolExecutor(1) as beside:
+        flushed = beside.submit(flush)
+        try:
+            yield
+        finally:
+            finished.set()
+        flushed.result()  # the system tells of a failed write once, maybe here
 
 
 def _sync(path: Path) -> None:

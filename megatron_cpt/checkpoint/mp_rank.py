@@ -330,8 +330,15 @@ def _check_cut(llama: LlamaShape, padded_size: int, target: Target) -> None:
             f"got tensor, pipeline and virtual sizes {target.tp}, {target.pp}, {target.vpp}; expected 1 or more, and "
             "virtual stages with a pipeline of 2 or more only"
         )
+    groups = llama.num_query_groups
+    if groups % target.tp and target.tp % groups:
+        raise CheckpointError(
+            f"got {groups} key-value heads and a tensor-parallel size of {target.tp}, expected a multiple or a divisor"
+        )
+    # With fewer groups than ranks, Megatron cuts the rows of the grouped matrix as they come.
     for what, size, parts in (
-        ("key-value heads", llama.num_query_groups, target.tp),
+        ("attention heads", llama.num_attention_heads, target.tp),
+        ("rows of q, k and v", (llama.num_attention_heads + 2 * groups) * llama.head_dim, target.tp),
         ("FFN size", llama.ffn_hidden_size, target.tp),
         ("padded vocabulary", padded_size, target.tp),
         ("layers", llama.num_layers, target.pp * target.vpp),

@@ -12,7 +12,15 @@ import torch
 from megatron_cpt.checkpoint import Hints, convert, open_checkpoint, open_hf, show, verify
 from megatron_cpt.errors import CheckpointError, InputError
 
-LAYOUTS = [(1, 1, 1, "te"), (2, 1, 1, "local"), (2, 2, 1, "te"), (2, 2, 2, "local"), (1, 4, 1, "local")]
+# The last with fewer key-value heads (2) than ranks.
+LAYOUTS = [
+    (1, 1, 1, "te"),
+    (2, 1, 1, "local"),
+    (2, 2, 1, "te"),
+    (2, 2, 2, "local"),
+    (1, 4, 1, "local"),
+    (8, 2, 1, "te"),
+]
 NORMS = {"te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")}
 NORMS["local"] = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 
@@ -217,7 +225,8 @@ def test_what_is_damaged_or_mixed_up_is_refused(legacy: Path, make_model, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tp": 4}, "key-value heads 2 to be cut into 4"),
+        ({"tp": 3}, "2 key-value heads and a tensor-parallel size of 3"),
+        ({"tp": 16}, "attention heads 8 to be cut into 16"),
         ({"pp": 2}, "layers 3 to be cut into 2"),
         ({"vpp": 2}, "virtual stages with a pipeline"),
         ({"tp": 0}, "expected 1 or more"),
