@@ -42,6 +42,7 @@ class Table:
         num_rows: rows that are stored, padding included.
         width: elements of a row.
         dtype: as it is stored.
+        masters_of: name of the table whose fp32 masters these are; None: it is no such.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Table:
     num_rows: int
     width: int
     dtype: torch.dtype
+    masters_of: str | None = None
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,10 @@ class TorchDistTables:
             raise CheckpointError(
                 f"{self.folder}: {key} has shape {stored.size}, {name} has {self._tensors[name].size}"
             )
-        return Table(key, _MATRICES[name][0], state[1] != _MASTER, stored.size[0], stored.size[1], stored.dtype)
+        is_master = state[1] == _MASTER
+        masters_of = name if is_master else None
+        rows, width = stored.size
+        return Table(key, _MATRICES[name][0], not is_master, rows, width, stored.dtype, masters_of)
 
     def read(self, table: Table) -> Tensor:
         """A whole table."""

@@ -14,14 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cpt.checkpoint import read_checkpoint_manifest
-from megatron_cpt.config.manifest import MANIFEST
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import engine_version
 
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-_TABLES = ("embedding.", "output_layer.")  # in the names of the parameters with a row for each id
 
 
 def optimizer_state_to_save(optimizer: Any, model_state: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +42,7 @@ def optimizer_state_to_save(optimizer: Any, model_state: dict[str, Any]) -> dict
         if parameter in sharded.model_param_group_index_map:  # this rank has a part of it
             stored = _own_part(sharded, parameter, state["param_state"][index]["param"].data)
             wrong += (stored != _master(sharded, parameter).to(stored.device)).sum().cpu()
-    if found := _over_all_ranks(wrong)[0]:
+    if found := _over_all_ranks(wrong):
         raise CheckpointError(
             f"megatron-core {engine_version()} hands out {found} masters that are not the optimizer's; this step is "
             "not saved: install release 0.16.1, for which the saving was made"
@@ -81,44 +78,30 @@ class LoadedWeights:
 
     def __init__(self, model: Sequence[Any], optimizer: Any) -> None:
         (self._optimizer,) = optimizer.chained_optimizers
-        self._held: list[tuple[int, Any, Tensor]] = []  # number of its table or 0, parameter, weights
+        self._held: list[tuple[Any, Tensor]] = []
         for chunk in model:
-            for name, parameter in chunk.module.named_parameters():
+            for parameter in chunk.module.parameters():
                 if parameter in self._optimizer.model_param_group_index_map:
-                    table = next((number for number, part in enumerate(_TABLES, 1) if part in name), 0)
-                    self._held.append((table, parameter, _own_part(self._optimizer, parameter, parameter).clone()))
+                    self._held.append((parameter, _own_part(self._optimizer, parameter, parameter).clone()))
 
     def refuse_other_masters(self, folder: Path) -> None:
         """Check that the masters are now those of the weights: a weight is its master, or that rounded, bit for bit.
 
-        An fp32 run may begin with bf16 weights, so what was rounded is seen by the numbers and not by the type. Surgery
-        makes new rows twice, of the old masters and of the old weights, and rounds each for itself: in a table as many
-        numbers may differ as its new rows have.
+        An fp32 run may begin with bf16 weights, so what was rounded is seen by the numbers and not by the type.
 
         Raises:
             CheckpointError: on every rank, so that none waits for the others.
         """
-        wrong = torch.zeros(1 + len(_TABLES), dtype=torch.int64)
-        for table, parameter, weights in self._held:
+        wrong = torch.zeros(1, dtype=torch.int64)
+        for parameter, weights in self._held:
             master, expected = _master(self._optimizer, parameter), weights.float()
-            wrong[table] += ((master != expected) & (master.bfloat16().float() != expected)).sum().cpu()
-        allowed = [0] + [_numbers_of_new_rows(folder)] * len(_TABLES)
-        found = _over_all_ranks(wrong)
-        if any(number > most for number, most in zip(found, allowed, strict=True)):
+            wrong += ((master != expected) & (master.bfloat16().float() != expected)).sum().cpu()
+        if found := _over_all_ranks(wrong):
             raise CheckpointError(
-                f"{folder} holds an optimizer's state that is not of its weights ({sum(found)} masters do not round to "
+                f"{folder} holds an optimizer's state that is not of its weights ({found} masters do not round to "
                 "them), as megatron-core saves it where data parallelism does not divide a bucket; begin a new run "
                 "with this folder as initial_checkpoint and without initial_optimizer"
             )
-
-
-def _numbers_of_new_rows(folder: Path) -> int:
-    """How many numbers the rows have that surgery has made in each table of a folder."""
-    if not (folder / MANIFEST).exists():
-        return 0
-    manifest = read_checkpoint_manifest(folder)
-    surgery = manifest.get("surgery")
-    return int(surgery["rows"]["new"]) * manifest["shape"].hidden_size if surgery else 0
 
 
 def _own_part(sharded: Any, parameter: Any, whole: Tensor) -> Tensor:
@@ -133,7 +116,7 @@ def _master(sharded: Any, parameter: Any) -> Tensor:
     return master.detach().view(-1)
 
 
-def _over_all_ranks(counts: Tensor) -> list[int]:
-    total = counts.to(current_device().torch_device())
+def _over_all_ranks(count: Tensor) -> int:
+    total = count.to(current_device().torch_device())
     dist.all_reduce(total)
-    return [int(count) for count in total.tolist()]
+    return int(total)

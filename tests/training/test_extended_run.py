@@ -86,6 +86,9 @@ def test_the_state_follows(extended: Extended) -> None:
         if "exp_avg" in name:
             assert (new[made] == 0).all() and (old[list(kept.values())] != 0).any()
             continue
+        if "optimizer" in name:  # masters: a weight is its master rounded, of new rows too
+            assert torch.equal(new[made], after[name.removeprefix("optimizer.state.param.")][made].float())
+            continue
         for id in made:
             mean = old[plan.row(id)["embedding"]["old_ids"]].double().mean(0)
             assert (new[id].double() - mean).abs().max() <= torch.finfo(new.dtype).eps * mean.abs().max()
@@ -101,10 +104,7 @@ def test_undone_with_its_state(extended: Extended, tmp_path: Path) -> None:
 
 
 def test_training_goes_on_at_another_layout(tiny: Tiny, extended: Extended) -> None:
-    """Kept moments are there still, after two steps in which nothing moves by more than a few millionths.
-
-    Masters of new rows may round to other numbers than their weights are; those of other rows may not.
-    """
+    """Kept moments are there still, after two steps in which nothing moves by more than a few millionths."""
     jobs = {"after": extended.changes}
     for name, change in SHIFTED.items():
         shutil.copytree(extended.operated, tiny.root / f"shifted-{name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def apply_surgery(
     plans = {table.name: _plan_of(plan, old, table) for table in old.tables}
     lost, tables = examine(old, plans)
     with new_folder(destination, CheckpointError) as folder:
-        new = {name: NewTable(plan.new_size, padded, partial(_rows, matrix)) for name, matrix in plans.items()}
+        new = {table.name: NewTable(plan.new_size, padded, _maker(plan, old, table)) for table in old.tables}
         written = old.rewrite(folder, new, on_progress)
         record = {"tables": tables, "removed_sha256": write_lost(folder, old, lost)}
         facts = {
@@ -93,6 +94,29 @@ def apply_surgery(
         }
         finish(folder, old, plan, tokenizer, facts, record, written)
     return {"source": str(source), "destination": str(destination), "format": old.format, **facts, **written}
+
+
+def _maker(plan: SurgeryPlan, old: VocabTables, table: Table) -> Callable[[Tensor], Rows]:
+    """What makes the rows of a new table from the old one."""
+    matrix = _plan_of(plan, old, table)
+    weights = next((other for other in old.tables if other.name == table.masters_of), None)
+    if weights is None:
+        return partial(_rows, matrix)
+    kept = torch.tensor(sorted(plan.kept("embedding" if old.tied else table.matrix)), dtype=torch.long)
+
+    def make(masters: Tensor) -> Rows:
+        """New rows as the weights have them, for a weight is its master rounded; kept ones as they are."""
+        made, rounded = _rows(matrix, masters), _rows(matrix, old.read(weights))
+
+        def rows(start: int, stop: int) -> Tensor:
+            inside = kept[(kept >= start) & (kept < stop)] - start
+            block = rounded(start, stop).to(masters.dtype)
+            block[inside] = made(start, stop)[inside]
+            return block
+
+        return rows
+
+    return make
 
 
 def _rows(matrix: MatrixPlan, old: Tensor) -> Rows:
