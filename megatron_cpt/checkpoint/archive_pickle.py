@@ -24,8 +24,7 @@ _UnpicklerBase: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 _NAMES = 10_000  # different names in a pickle; each takes about 1 KiB in memory
 _KEY_PARTS = 100  # elements of a tuple that is a key, with those of the tuples in it
-_DIMENSIONS = 64
-_LIMIT = 2**63
+_DIMENSIONS, _LIMIT = 64, 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +84,16 @@ _UNTYPED_DTYPES = {  # those without a storage class: `_rebuild_tensor_v3` names
 }
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
-_TENSOR_V2 = named("torch._utils", "_rebuild_tensor_v2")
-_TENSOR_V3 = named("torch._utils", "_rebuild_tensor_v3")
+_TENSOR_V2, _TENSOR_V3 = (named("torch._utils", f"_rebuild_tensor_v{version}") for version in (2, 3))
 _PARAMETER = named("torch._utils", "_rebuild_parameter")
-_SIZE = named("torch", "Size")
-_ENCODE = named("_codecs", "encode")  # how protocol 2 writes bytes
+_FROM_TYPE, _TENSOR = named("torch._tensor", "_rebuild_from_type_v2"), named("torch", "Tensor")
+_SIZE, _ENCODE = named("torch", "Size"), named("_codecs", "encode")  # the latter is how protocol 2 writes bytes
+_TORCHS = (_TENSOR_V2, _TENSOR_V3, _PARAMETER, _FROM_TYPE, _TENSOR, _SIZE, _ENCODE)
 _SET, _FROZENSET, _BYTES, _BYTEARRAY, _COMPLEX = (
     named("__builtin__", name) for name in ("set", "frozenset", "bytes", "bytearray", "complex")
 )
 _KNOWN: dict[tuple[str, str], Any] = {
-    **{kind.stands_for: kind for kind in (*_KINDS, *_QUANTISED, _TENSOR_V2, _TENSOR_V3, _PARAMETER, _SIZE, _ENCODE)},
+    **{kind.stands_for: kind for kind in (*_KINDS, *_QUANTISED, *_TORCHS)},
     **{
         (module, kind.stands_for[1]): kind
         for kind in (_SET, _FROZENSET, _BYTES, _BYTEARRAY, _COMPLEX)
@@ -170,13 +169,18 @@ def _tensor_v3(
     return _array(storage, first, shape, strides, dtype)
 
 
+def _of_type(function: Any, kind: Any, arguments: Any, _attributes: Any) -> Any:
+    """A plain tensor with attributes in Python, as Megatron's masters have; these are left out."""
+    plain = kind is _TENSOR and function in (_TENSOR_V2, _TENSOR_V3) and type(arguments) is tuple
+    return _MAKERS[function](*arguments) if plain and len(arguments) < 10 else NotImplemented
+
+
 def _encoded(text: Any, encoding: Any) -> Any:
     return text.encode("latin1") if isinstance(text, str) and encoding in ("latin1", "latin-1") else NotImplemented
 
 
 def _bytearray(content: Any = b"", encoding: Any = None) -> Any:
-    if isinstance(content, str):
-        content = _encoded(content, encoding)
+    content = _encoded(content, encoding) if isinstance(content, str) else content
     return bytearray(content) if isinstance(content, bytes) else NotImplemented
 
 
@@ -192,6 +196,7 @@ def _members(values: Any) -> Any:
 _MAKERS: dict[Any, Callable[..., Any]] = {
     _TENSOR_V2: _tensor_v2,
     _TENSOR_V3: _tensor_v3,
+    _FROM_TYPE: _of_type,
     _PARAMETER: lambda data, _gradient, _hooks: data if isinstance(data, Array) else NotImplemented,
     _SIZE: lambda sizes: torch.Size(_numbers(sizes, "size")),
     _ENCODE: _encoded,
