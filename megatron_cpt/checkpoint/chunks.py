@@ -9,9 +9,24 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_cpt.checkpoint.files import new_tensor, read_tensor
+from megatron_cpt.checkpoint.archive import read_archive
+from megatron_cpt.checkpoint.files import file_inside, new_tensor, read_tensor
+from megatron_cpt.checkpoint.huggingface import dense
 from megatron_cpt.checkpoint.metadata import Chunk, StoredTensor
-from megatron_cpt.checkpoint.torch_dist import MAX_FILE_BYTES, chunk_offset
+from megatron_cpt.errors import CheckpointError
+
+MAX_FILE_BYTES = 5_000_000_000
+
+
+def chunk_offset(folder: Path, chunk: Chunk, dtype: torch.dtype) -> int:
+    """Where in its file the data of a chunk begins; raises CheckpointError unless it is the tensor of the index."""
+    path = file_inside(folder, chunk.file)
+    where = f"{path}: the chunk at byte {chunk.start}"
+    stored = dense(read_archive(path, chunk.start, chunk.length), where, path)
+    # A layer that was saved on its own lacks the dimension along which layers are stacked.
+    if stored.dtype != dtype or chunk.size not in (stored.shape, (1, *stored.shape)):
+        raise CheckpointError(f"{where} is {stored.shape}, {stored.dtype}, the index says {chunk.size} {dtype}")
+    return stored.offset
 
 
 class BoxReader:

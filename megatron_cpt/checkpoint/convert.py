@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_cpt import __version__
+from megatron_cpt.checkpoint.carried_state import carried_state, masters_as_weights, wants_state
 from megatron_cpt.checkpoint.described import Hints, megatron_flags
 from megatron_cpt.checkpoint.execute import Journal, execute, num_workers, peak_bytes
 from megatron_cpt.checkpoint.files import require_space
@@ -55,6 +56,9 @@ def convert(
     pp: int = 1,
     vpp: int = 1,
     spec: str = "te",
+    optimizer: bool = True,
+    masters: bool = False,
+    optimizer_form: str = "distributed",
     hints: Hints | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
@@ -79,6 +83,9 @@ def convert(
         pp: pipeline-parallel size, likewise.
         vpp: model chunks of each pipeline rank, likewise.
         spec: whose names "mp_rank" has: "te" (Transformer Engine) or "local" (megatron-core's own modules).
+        optimizer: between Megatron's formats, the state of the source's optimizer goes along, if it has one.
+        masters: the weights that are written are the optimizer's float32 masters, not those rounded from them.
+        optimizer_form: of the state in "mp_rank": "distributed" (`--use-distributed-optimizer`) or "plain".
         hints: what the source does not say of itself.
         bos_token_id: for config.json; None: what the source or its tokenizer says.
         eos_token_id: likewise.
@@ -90,15 +97,21 @@ def convert(
         facts of the conversion, as recorded in the manifest, with `files` and `bytes`.
 
     Raises:
-        CheckpointError: source, destination, tokenizer or dtype cannot be used; nothing is left behind.
+        CheckpointError: source, destination, tokenizer or dtype cannot be used, or the optimizer's state is not of
+            these weights; nothing is left behind.
     """
     src, dst = Path(src), Path(dst)
     source = open_checkpoint(src, hints=hints)
+    to = to or ("torch_dist" if source.format == "hf" else "hf")
+    target = Target(to, tp, pp, vpp, spec, vocab_divisor, optimizer_form)
+    if source.holds_optimizer and wants_state(target, optimizer, masters):
+        source = open_checkpoint(src, True, hints)
+    source = masters_as_weights(source) if masters else source
     check_free(dst, CheckpointError)
     check_apart(source.folder, dst, CheckpointError)
-    given = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    target = Target(to or ("torch_dist" if source.format == "hf" else "hf"), tp, pp, vpp, spec, vocab_divisor)
-    plan = _plan(source, target, tokenizer, dtype, {k: v for k, v in given.items() if v is not None})
+    given = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "masters": masters or None}
+    given = {key: value for key, value in given.items() if value is not None}
+    source, plan = _plan(source, target, tokenizer, dtype, given, optimizer)
     workers = num_workers(workers)
     facts = plan.facts | {"source": str(src), "destination": str(dst), "bytes": plan.layout.num_bytes}
     facts["peak_bytes"] = peak_bytes(source, plan.layout, workers, None if dtype is None else DTYPES[dtype])
@@ -137,8 +150,9 @@ def _plan(
     target: Target,
     tokenizer: str | Path | None,
     dtype: str | None,
-    ends: Mapping[str, Any],
-) -> _Plan:
+    given: Mapping[str, Any],
+    optimizer: bool,
+) -> tuple[StoredModel, _Plan]:
     """What will be written, checked to the last byte."""
     if target.format not in FORMATS:
         raise CheckpointError(f"got the format {target.format!r}, expected one of {', '.join(FORMATS)}")
@@ -146,7 +160,9 @@ def _plan(
         raise CheckpointError(f"got dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     dtypes = {name: source.dtype(name) if dtype is None else DTYPES[dtype] for name in source.names()}
     facts, folder = _facts(source, dtypes, tokenizer)
-    facts |= {"to": target.format, "cast": dtype, **ends}
+    source, state, told = carried_state(source, target, dtypes, optimizer)
+    dtypes |= state
+    facts |= {"to": target.format, "cast": dtype, **told, **given}
     if target.format in ("hf", "nxd"):
         facts["padded_vocab_size"] = source.vocab_size
         config = hf_config(
@@ -173,7 +189,7 @@ def _plan(
         divisor = rank_divisor(target, facts["padded_vocab_size"])
         facts["megatron_flags"] = megatron_flags(source.llama, divisor)
     check_layout(source, layout, dtypes)
-    return _Plan(layout, facts, folder)
+    return source, _Plan(layout, facts, folder)
 
 
 def _facts(
@@ -218,7 +234,7 @@ def _write_manifest(
             break
     if facts["cast"] is None:
         inputs["weights"] = facts["weights_sha256"]
-    names = ("vocab_divisor", "dtype", "weights_sha256", "cast", "cast_max_abs_error", *_CARRIED)
+    names = ("vocab_divisor", "dtype", "weights_sha256", "cast", "cast_max_abs_error", "optimizer", "masters")
     write_checkpoint_manifest(
         folder,
         source.llama,
@@ -228,7 +244,7 @@ def _write_manifest(
         inputs,
         format=facts["to"],
         converted_from=facts["from"],
-        **{name: facts[name] for name in names if name in facts},
+        **{name: facts[name] for name in (*names, *_CARRIED) if name in facts},
         tensors=dict(digests),
         files=seal_files(folder, plan.layout),
     )

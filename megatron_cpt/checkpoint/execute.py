@@ -51,7 +51,8 @@ def peak_bytes(source: StoredModel, layout: NewLayout, workers: int, cast: torch
         pitch = max(
             run.pitch / (run.columns * placed.dtype.itemsize) for run in (*placed.runs, *source.tensors[name].runs)
         )
-        each = max(each, int(block * (1 + pitch + (0 if cast is None else 4))))
+        rounded = 2 if name in source.rounded else 0  # a master rounded, and the weight that it has to be
+        each = max(each, int(block * (1 + pitch + rounded + (0 if cast is None else 4))))
     return _PROCESS_BYTES + workers * each
 
 
@@ -131,8 +132,7 @@ def execute(
         journal.add(name, digest, error)
         return _Done(name, digest, error, False)
 
-    # The largest first: none of them is left for a lonely worker at the end.
-    order = sorted(layout.tensors, key=lambda name: -num_bytes(layout.tensors[name].shape, layout.tensors[name].dtype))
+    order = sorted(layout.tensors, key=lambda name: _place_in_order(name, layout.tensors[name].shape))
     paths = [folder / file.name for file in layout.files]
     with ThreadPoolExecutor(workers) as pool:
         with _flushing(paths):
@@ -153,6 +153,14 @@ class _Done:
     digest: str
     error: float
     resumed: bool
+
+
+def _place_in_order(name: str, shape: tuple[int, ...]) -> tuple[int, str, str]:
+    """The largest first, so that none is left for a lonely worker at the end; a weight right after its master.
+
+    The master is compared with the weight, whose bytes are then in the system's cache when it is its turn.
+    """
+    return -num_bytes(shape, torch.uint8), name.rsplit("/", 1)[-1], name
 
 
 def digest_of(model: StoredModel, name: str) -> str:

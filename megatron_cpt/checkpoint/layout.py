@@ -25,6 +25,7 @@ class Target:
         vpp: model chunks of each pipeline rank.
         spec: whose names a legacy file has: Transformer Engine's modules ("te") or megatron-core's own ("local").
         vocab_divisor: the vocabulary tables are padded to a multiple of this.
+        optimizer_form: of a legacy file's state: of Megatron's "distributed" optimizer or of its "plain" one.
     """
 
     format: str
@@ -33,6 +34,7 @@ class Target:
     vpp: int = 1
     spec: str = "te"
     vocab_divisor: int = 128
+    optimizer_form: str = "distributed"
 
 
 @dataclass(frozen=True)

@@ -9,30 +9,27 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.archive import lay_out_archive, read_archive
+from megatron_cpt.checkpoint.archive import read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array
 from megatron_cpt.checkpoint.described import Hints, args_of_llama, describe
 from megatron_cpt.checkpoint.files import file_inside
-from megatron_cpt.checkpoint.huggingface import dense
-from megatron_cpt.checkpoint.layout import NewFile, NewLayout, Target, hole
+from megatron_cpt.checkpoint.huggingface import Stored, dense
+from megatron_cpt.checkpoint.layout import NewFile, NewLayout, Target
 from megatron_cpt.checkpoint.llama import (
     EMBEDDING,
-    HEAD,
     LAYERS,
     STORED_EMBEDDING,
     STORED_HEAD,
-    hf_shapes,
     placements,
-    stored_shapes,
 )
 from megatron_cpt.checkpoint.mp_rank_files import (
     RANK_FILE,
@@ -43,77 +40,42 @@ from megatron_cpt.checkpoint.mp_rank_files import (
     rank_folder,
     tracked_name,
 )
-from megatron_cpt.checkpoint.runs import Box, Placed, Rows, StoredModel, check_cover, place
+from megatron_cpt.checkpoint.mp_rank_layout import lay_out_rank, lay_out_state, parts_of, sizes_with_head
+from megatron_cpt.checkpoint.mp_rank_optimizer import (
+    HeldRank,
+    holds_state,
+    read_state,
+)
+from megatron_cpt.checkpoint.rank_parts import STORED_NORMS, Key, Named, Piece, RankBoxes, local_shape
+from megatron_cpt.checkpoint.runs import MASTER, STATES, WEIGHTS, StoredModel
 from megatron_cpt.config.manifest import write_text_atomic
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
-# The tensors of a layer, in the order of Megatron's modules; a norm is part of the matrix behind it, or a module.
-_STORED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-_LOCAL_ORDER = (
-    "input_layernorm.weight",
-    "self_attention.linear_proj.weight",
-    "self_attention.linear_qkv.weight",
-    "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
-)
-_TE_ORDER = (
-    "self_attention.linear_proj.weight",
-    "self_attention.linear_qkv.layer_norm_weight",
-    "self_attention.linear_qkv.weight",
-    "mlp.linear_fc1.layer_norm_weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
-)
-_BY_COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-_GATE_AND_UP = "mlp.linear_fc1.weight"
 _LAYER = re.compile(re.escape(LAYERS) + r"(0|[1-9]\d{0,5})\.(.+)")
 _MODEL = re.compile(r"model(\d{0,3})")
-Key = tuple[str, int | None]  # stored tensor, layer
 
 
-@dataclass
-class _Boxes:
-    """Where the matrices lie: each tensor-parallel rank's part, or one copy for each rank of what is not cut."""
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of a rank's model chunk."""
 
-    parts: dict[Key, list[Box]] = field(default_factory=lambda: defaultdict(list))
-    copies: dict[Key, list[Box]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, key: Key, rank: int, tp: int, size: tuple[int, ...], offset: int, itemsize: int, file: str) -> None:
-        """A rank's tensor, at `offset` of its file."""
-        rows, columns = (*size, 1)[:2]
-        name = key[0]
-        if len(size) == 1:
-            (self.copies if self.parts[key] else self.parts)[key].append(Box(file, offset, 0, rows, 0, columns))
-        elif name.endswith(_BY_COLUMNS):
-            self.parts[key].append(Box(file, offset, 0, rows, rank * columns // tp, columns // tp))
-        elif name.endswith(_GATE_AND_UP):  # a rank's gate, then its up
-            half = rows // 2 // tp
-            for number in range(2):
-                at = offset + number * half * columns * itemsize
-                self.parts[key].append(Box(file, at, number * (rows // 2) + rank * half, half, 0, columns))
-        else:
-            self.parts[key].append(Box(file, offset, rank * rows // tp, rows // tp, 0, columns))
+    rank: Rank
+    chunk: int
+    name: str
+    key: Key
+    size: tuple[int, ...]
+    stored: Stored
+    file: str
 
 
-def local_shape(name: str, size: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """Shape of a rank's part of a stored matrix."""
-    if len(size) == 1:
-        return size
-    rows, columns = size
-    return (rows, columns // tp) if name.endswith(_BY_COLUMNS) else (rows // tp, columns)
-
-
-def open_mp_rank(folder: str | Path, hints: Hints | None = None) -> StoredModel:
+def open_mp_rank(folder: str | Path, hints: Hints | None = None, with_optimizer: bool = False) -> StoredModel:
     """Open a legacy checkpoint; of its files only the pickles are read, and nothing in them is run.
 
     Args:
         folder: the one that holds the tracker file, or an iteration's.
         hints: what the checkpoint does not say of itself.
+        with_optimizer: find the state of its optimizer too.
 
     Raises:
         CheckpointError: incomplete, damaged, unsafe, or not of a plain Llama.
@@ -136,12 +98,63 @@ def open_mp_rank(folder: str | Path, hints: Hints | None = None) -> StoredModel:
     if not rows:
         raise CheckpointError(f"{iteration} holds no {STORED_EMBEDDING}; expected a GPT model of megatron-core")
     described = describe(root, None if first_args is None else vars(first_args), rows, hints)
-    boxes, dtypes = _find_boxes(root, below, described.llama, rows, tp, chunks)
-    tensors, padding, copies = _placed(described.llama, described.vocab_size, rows, boxes, dtypes, str(iteration))
+    llama, sizes = described.llama, (described.vocab_size, rows)
+    found = list(_find(root, below, llama, rows, tp, chunks))
     layout = {"tensor_parallel": tp, "pipeline_parallel": pp, "virtual_pipeline": 1 + max(n for _, n in chunks)}
-    model = StoredModel(root, "mp_rank", described.llama, described.vocab_size, rows, tensors)
-    model.padding, model.copies, model.stated, model.layout = padding, copies, described.stated, layout
-    return model
+    named = Named()
+    weights = [(tensor, [Piece(tensor.file, tensor.stored.offset, 0, prod(tensor.stored.shape))]) for tensor in found]
+    _add(named, WEIGHTS, llama, sizes, tp, weights, str(iteration))
+    facts, holds = None, any(holds_state(iteration / rank.name, value) for rank, value in held.items())
+    if with_optimizer and holds:
+        of_ranks = [_held_rank(iteration, below, rank, value, found) for rank, value in held.items()]
+        states, facts = read_state(of_ranks, llama.tied_embeddings and pp > 1)
+        by_rank = dict(zip(held, states, strict=True))
+        for kind in STATES:
+            pieces = [(tensor, by_rank[tensor.rank][tensor.chunk][tensor.name].get(kind)) for tensor in found]
+            known = [(tensor, places) for tensor, places in pieces if places is not None]
+            if kind != MASTER or known:
+                _add(named, kind, llama, sizes, tp, known, str(iteration))
+    return StoredModel(
+        root,
+        "mp_rank",
+        llama,
+        described.vocab_size,
+        rows,
+        named.tensors,
+        named.padding,
+        named.copies,
+        described.stated,
+        layout,
+        facts,
+        holds,
+    )
+
+
+def _held_rank(iteration: Path, below: str, rank: Rank, value: Mapping[str, Any], found: Sequence[_Held]) -> HeldRank:
+    """A rank for those who name the state of its optimizer."""
+    mine = [tensor for tensor in found if tensor.rank == rank]
+    numbers = range(1 + max((tensor.chunk for tensor in mine), default=-1))
+    shapes = [{tensor.name: tensor.stored.shape for tensor in mine if tensor.chunk == number} for number in numbers]
+    dtypes = [{tensor.name: tensor.stored.dtype for tensor in mine if tensor.chunk == number} for number in numbers]
+    file = f"{below}{rank.name}/{RANK_FILE}"
+    return HeldRank(iteration / rank.name, file, value, shapes, dtypes, rank.stage == 0)
+
+
+def _add(
+    named: Named,
+    kind: str,
+    llama: LlamaShape,
+    sizes: tuple[int, int],
+    tp: int,
+    found: Sequence[tuple[_Held, list[Piece]]],
+    where: str,
+) -> None:
+    """Put the ranks' parts of every matrix together, of the weights or of a state of them."""
+    boxes, dtypes = RankBoxes(), dict[Key, torch.dtype]()
+    for tensor, pieces in found:
+        dtype = dtypes[tensor.key] = tensor.stored.dtype if kind == WEIGHTS else torch.float32
+        boxes.add(tensor.key, tensor.rank.tensor, tp, tensor.size, pieces, dtype.itemsize)
+    named.add(kind, llama, sizes, boxes, dtypes, where)
 
 
 def _read_rank(folder: Path) -> dict[str, Any]:
@@ -164,23 +177,17 @@ def _chunks(value: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]
             yield int(match[1] or 0), model
 
 
-def _sizes(llama: LlamaShape, padded: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored tensors; a tied model's last stage may hold the embedding again, as its head."""
-    sizes = stored_shapes(llama, padded)
-    return {**sizes, STORED_HEAD: sizes[STORED_EMBEDDING]}
-
-
-def _find_boxes(
+def _find(
     root: Path,
     below: str,
     llama: LlamaShape,
     padded: int,
     tp: int,
     chunks: Mapping[tuple[Rank, int], Mapping[str, Any]],
-) -> tuple[_Boxes, dict[Key, torch.dtype]]:
-    """Where every tensor of every rank lies; each is of the model, in the shape that it has to have."""
-    boxes, dtypes = _Boxes(), dict[Key, torch.dtype]()
-    sizes = _sizes(llama, padded)
+) -> Iterator[_Held]:
+    """Every tensor of every rank; each is of the model, in the shape that it has to have."""
+    dtypes = dict[Key, torch.dtype]()
+    sizes = sizes_with_head(llama, padded)
     layer_offset = 0
     # In the order of a forward pass: chunk by chunk, stage by stage; of one stage, rank by rank.
     for rank, number in sorted(chunks, key=lambda chunk: (chunk[1], chunk[0])):
@@ -191,7 +198,7 @@ def _find_boxes(
             key, layer = name, None
             if match:
                 inside = match[2]
-                key, layer = LAYERS + _STORED_NORMS.get(inside, inside), layer_offset + int(match[1])
+                key, layer = LAYERS + STORED_NORMS.get(inside, inside), layer_offset + int(match[1])
                 seen.add(int(match[1]))
             if key.endswith("_extra_state"):
                 continue
@@ -206,92 +213,69 @@ def _find_boxes(
                 )
             if dtypes.setdefault((key, layer), stored.dtype) != stored.dtype:
                 raise CheckpointError(f"{root / file}: {name} is {stored.dtype}, on another rank it is not")
-            boxes.add((key, layer), rank.tensor, tp, size, stored.offset, stored.dtype.itemsize, file)
+            yield _Held(rank, number, name, (key, layer), size, stored, file)
         if rank.tensor == tp - 1:
             layer_offset += len(seen)
-    return boxes, dtypes
-
-
-def _placed(
-    llama: LlamaShape,
-    vocab_size: int,
-    padded: int,
-    boxes: _Boxes,
-    dtypes: Mapping[Key, torch.dtype],
-    where: str,
-) -> tuple[dict[str, Placed], dict[str, Placed], dict[str, tuple[Placed, ...]]]:
-    """Tensors, padding and copies by HF name."""
-    tensors, padding, copies = {}, {}, {}
-    shapes = hf_shapes(llama, vocab_size)
-    for name, at in placements(llama, vocab_size).items():
-        key = (at.key, at.layer)
-        if key not in dtypes:
-            raise CheckpointError(f"{where}: {name} is missing; the checkpoint is incomplete or of another model")
-        rows = [Rows(row, stored, count) for row, stored, count in at.runs]
-        tensors[name] = place(shapes[name], dtypes[key], rows, boxes.parts[key])
-        copies[name] = tuple(place(shapes[name], dtypes[key], rows, [box]) for box in boxes.copies[key])
-        if name in (EMBEDDING, HEAD) and padded > vocab_size:
-            beyond = [Rows(0, vocab_size, padded - vocab_size)]
-            shape = (padded - vocab_size, shapes[name][1])
-            padding[name] = place(shape, dtypes[key], beyond, boxes.parts[key])
-        check_cover(name, tensors[name])
-    if llama.tied_embeddings and (again := boxes.parts.get((STORED_HEAD, None))):
-        rows, dtype = [Rows(0, 0, vocab_size)], dtypes[STORED_HEAD, None]
-        copies[EMBEDDING] += (place(shapes[EMBEDDING], dtype, rows, again),)
-        if padded > vocab_size:
-            padding[HEAD] = replace(padding[EMBEDDING], runs=place(shape, dtype, beyond, again).runs)
-    return tensors, padding, {name: each for name, each in copies.items() if each}
 
 
 def lay_out_mp_rank(
     source: StoredModel, dtypes: Mapping[str, torch.dtype], target: Target, padded_size: int
 ) -> NewLayout:
-    """Lay out the weights of a model for a tensor- and pipeline-parallel legacy checkpoint.
+    """Lay out a model, and the state of its optimizer where `dtypes` names it, for tensor- and pipeline-parallel ranks.
 
     Raises:
         CheckpointError: the model cannot be cut so.
     """
     llama = source.llama
     _check_cut(llama, padded_size, target)
-    sizes = _sizes(llama, padded_size)
     places = placements(llama, source.vocab_size)
     by_key: dict[Key, torch.dtype] = {(at.key, at.layer): dtypes[name] for name, at in places.items()}
     by_key.setdefault((STORED_HEAD, None), dtypes[EMBEDDING])
-    step = source.stated.get("step")
-    iteration = "release" if not step else f"iter_{step:07d}"
-    dtype = str(dtypes[EMBEDDING]).removeprefix("torch.")
-    args = args_of_llama(llama, source.vocab_size, padded_size, rank_divisor(target, padded_size), dtype)
-    vars(args).update(
-        tensor_model_parallel_size=target.tp,
-        pipeline_model_parallel_size=target.pp,
-        virtual_pipeline_model_parallel_size=None if target.vpp == 1 else target.vpp,
-        num_layers_per_virtual_pipeline_stage=None if target.vpp == 1 else llama.num_layers // target.pp // target.vpp,
-        transformer_impl="transformer_engine" if target.spec == "te" else "local",
-        iteration=step or 0,
+    kinds = [kind for kind in STATES if f"{kind}/{EMBEDDING}" in dtypes]
+    facts = source.optimizer if kinds else None
+    step = source.stated.get("step") or (facts.step if facts else 0)
+    iteration = f"iter_{step:07d}" if step else "release"
+    args = args_of_llama(
+        llama,
+        source.vocab_size,
+        padded_size,
+        rank_divisor(target, padded_size),
+        str(dtypes[EMBEDDING]).removeprefix("torch."),
     )
-    boxes, files = _Boxes(), []
+    vars(args).update(_args_of_cut(llama, target, step), **(facts.progress if facts else {}))
+    boxes = {kind: RankBoxes() for kind in (WEIGHTS, *kinds)}
+    files: list[NewFile] = []
     for stage in range(target.pp):
+        chunks = [parts_of(llama, padded_size, target, stage, chunk) for chunk in range(target.vpp)]
         for tensor in range(target.tp):
-            name = f"{iteration}/{rank_folder(stage, tensor, target.pp)}/{RANK_FILE}"
-            value: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": step or 0}
-            held = []
-            for chunk in range(target.vpp):
-                model: dict[str, Any] = {}
-                for local, at in _names_of(llama, target, stage, chunk):
-                    model[local] = None
-                    if at is not None:
-                        key, layer = at
-                        size = sizes[key][1:] if layer is not None else sizes[key]
-                        model[local] = hole(local_shape(key, size, target.tp), by_key[at])
-                        held.append((key, layer, size))
-                value["model" if target.vpp == 1 else f"model{chunk}"] = model
-            length, parts, offsets = lay_out_archive(value)
-            files.append(NewFile(name, length, tuple(parts)))
-            for (key, layer, size), offset in zip(held, offsets, strict=True):
-                boxes.add((key, layer), tensor, target.tp, size, offset, by_key[key, layer].itemsize, name)
-    tensors, padding, copies = _placed(llama, source.vocab_size, padded_size, boxes, by_key, "the new checkpoint")
+            folder = f"{iteration}/{rank_folder(stage, tensor, target.pp)}"
+            value: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": step}
+            laid = None if facts is None else lay_out_state(facts, chunks, target, by_key, kinds, folder, llama)
+            made, found = lay_out_rank(value, chunks, by_key, f"{folder}/{RANK_FILE}", facts, laid)
+            files += [made] if laid is None or laid.file is None else [made, laid.file]
+            for kind, part, pieces in found:
+                itemsize = by_key[part.key].itemsize if kind == WEIGHTS else torch.float32.itemsize
+                boxes[kind].add(part.key, tensor, target.tp, part.size, pieces, itemsize)
+    named = Named()
+    for kind, held in boxes.items():
+        wide = by_key if kind == WEIGHTS else dict.fromkeys(by_key, torch.float32)
+        named.add(kind, llama, (source.vocab_size, padded_size), held, wide, "the new checkpoint")
     finish = partial(_finish, tracked=tracked_name(iteration))
-    return NewLayout(tuple(files), tensors, finish, padding, copies)
+    return NewLayout(tuple(files), named.tensors, finish, named.padding, named.copies)
+
+
+def _args_of_cut(llama: LlamaShape, target: Target, step: int) -> dict[str, Any]:
+    """Megatron's arguments that say how a checkpoint is cut."""
+    return {
+        "tensor_model_parallel_size": target.tp,
+        "pipeline_model_parallel_size": target.pp,
+        "virtual_pipeline_model_parallel_size": None if target.vpp == 1 else target.vpp,
+        "num_layers_per_virtual_pipeline_stage": (
+            None if target.vpp == 1 else llama.num_layers // target.pp // target.vpp
+        ),
+        "transformer_impl": "transformer_engine" if target.spec == "te" else "local",
+        "iteration": step,
+    }
 
 
 def rank_divisor(target: Target, padded_size: int) -> int:
@@ -302,24 +286,6 @@ def rank_divisor(target: Target, padded_size: int) -> int:
 
 def _finish(folder: Path, tracked: str) -> None:
     write_text_atomic(folder / TRACKER, f"{tracked}\n")
-
-
-def _names_of(llama: LlamaShape, target: Target, stage: int, chunk: int) -> Iterator[tuple[str, Key | None]]:
-    """Names in a model chunk, in the order of Megatron's modules, and what each is; nothing: an empty extra state."""
-    per_chunk = llama.num_layers // target.pp // target.vpp
-    first = (chunk * target.pp + stage) * per_chunk
-    if stage == 0 and chunk == 0:
-        yield STORED_EMBEDDING, (STORED_EMBEDDING, None)
-    for local in range(per_chunk):
-        for inside in _LOCAL_ORDER if target.spec == "local" else _TE_ORDER:
-            key = LAYERS + _STORED_NORMS.get(inside, inside)
-            yield f"{LAYERS}{local}.{inside}", (key, first + local)
-            if inside.endswith(".weight") and "linear_" in inside:  # strict loading asks for it, of Transformer Engine
-                yield f"{LAYERS}{local}.{inside.removesuffix('weight')}_extra_state", None
-    if stage == target.pp - 1 and chunk == target.vpp - 1:
-        yield "decoder.final_layernorm.weight", ("decoder.final_layernorm.weight", None)
-        if not llama.tied_embeddings or target.pp > 1:
-            yield STORED_HEAD, (STORED_HEAD, None)
 
 
 def _check_cut(llama: LlamaShape, padded_size: int, target: Target) -> None:

@@ -44,7 +44,7 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
         iteration = iteration_folder(folder)
         if (iteration / METADATA).exists():  # Megatron tracks both its formats in one way
             return open_torch_dist(iteration, with_optimizer, hints)
-        return open_mp_rank(folder, hints)
+        return open_mp_rank(folder, hints, with_optimizer)
     if is_meta(folder):
         return open_meta(folder, hints)
     if is_nxd(folder):  # before the next: it has a config.json too

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cpt.checkpoint.archive_pickle import Array
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.llama import hf_shapes
+from megatron_cpt.checkpoint.optimizer_state import LEAVE_BEHIND, OptimizerFacts
 from megatron_cpt.checkpoint.reader import BLOCK_BYTES, bits, num_bytes, raw_bytes, row_blocks
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
 WEIGHTS = "weights"
 # State of an optimizer is named like the weight it belongs to: "exp_avg/model.norm.weight".
-STATES = ("master", "exp_avg", "exp_avg_sq")
+STATES = (MASTER := "master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,10 @@ class StoredModel:
         copies: where a tensor lies a second time, as norms do on every tensor-parallel rank.
         stated: what the format says beside: a manifest's fields, or those of config.json.
         layout: how it is cut, e.g. {"tensor_parallel": 8}.
+        optimizer: what belongs to the state of an optimizer beside tensors; None where there is none, or it was not
+            asked for.
+        holds_optimizer: whether there is one, asked for or not.
+        rounded: for a float32 tensor, the weight that it has to be, bit for bit, when it is rounded to its dtype.
     """
 
     folder: Path
@@ -154,8 +160,15 @@ class StoredModel:
     copies: dict[str, tuple[Placed, ...]] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerFacts | None = None
+    holds_optimizer: bool = False
+    rounded: dict[str, Placed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in self.state_names():
+            kind, weight = name.split("/", 1)
+            if kind == MASTER and weight in self.tensors:
+                self.rounded.setdefault(name, self.tensors[weight])
         self._first_rows = {name: [run.row for run in placed.runs] for name, placed in self.tensors.items()}
         self._highest = {
             name: max((run.rows for run in placed.runs), default=0) for name, placed in self.tensors.items()
@@ -200,7 +213,7 @@ class StoredModel:
         _fill(self.folder, runs[low:high], placed, start, out)
 
     def check_copies(self, name: str, start: int, rows: Tensor) -> None:
-        """Raise CheckpointError unless every copy of a tensor holds these rows from `start` on, bit for bit."""
+        """Raise CheckpointError unless a tensor's copies, and its rounded form, hold these rows from `start` on."""
         for copy in self.copies.get(name, ()):
             other = new_tensor(tuple(rows.shape), rows.dtype)
             _fill(self.folder, copy.runs, copy, start, other)
@@ -209,6 +222,18 @@ class StoredModel:
                     f"{self.folder}: {name} in {copy.runs[0].file} differs from its copy in "
                     f"{self.tensors[name].runs[0].file}; the files are of two models, or damaged"
                 )
+        if (weight := self.rounded.get(name)) is not None:
+            self._check_rounded(name, weight, start, rows)
+
+    def _check_rounded(self, name: str, weight: Placed, start: int, rows: Tensor) -> None:
+        """Every update rounds the masters to the weights, so a state that is another's, or misread, shows here."""
+        written = new_tensor(tuple(rows.shape), weight.dtype)
+        _fill(self.folder, weight.runs, weight, start, written)
+        if not torch.equal(bits(rows.to(weight.dtype)), bits(written)):
+            raise CheckpointError(
+                f"{self.folder}: the optimizer's state is not that of these weights ({name}, rounded, is not the "
+                f"weight in {weight.runs[0].file}); it was saved damaged, or belongs to others: {LEAVE_BEHIND}"
+            )
 
     def read_padding(self, name: str) -> Tensor:
         """The stored rows of a vocabulary table beyond the true vocabulary."""
@@ -265,6 +290,17 @@ def read_exactly(path: Path, offset: int, view: memoryview) -> None:
             if not got:
                 raise CheckpointError(f"{path} ended {len(view) - done} bytes early; it was cut short, copy it again")
             done += got
+
+
+def number_of(path: Path, value: Any) -> float:
+    """A number, or what a tensor of one element in an archive holds."""
+    if type(value) in (int, float):
+        return float(value)
+    if not isinstance(value, Array) or num_bytes(value.shape, torch.uint8) != 1:
+        raise CheckpointError(f"{path}: got {type(value).__name__}, expected a number or a tensor of one element")
+    held = torch.zeros((), dtype=value.dtype)
+    read_exactly(path, value.offset, raw_bytes(held))
+    return float(held)
 
 
 def write_runs(folder: Path, placed: Placed, start: int, rows: Tensor, runs: Iterable[Run]) -> None:

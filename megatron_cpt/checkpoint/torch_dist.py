@@ -18,18 +18,15 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.archive import archive_bytes, lay_out_archive, read_archive
-from megatron_cpt.checkpoint.described import Hints, describe
+from megatron_cpt.checkpoint.chunks import MAX_FILE_BYTES, chunk_offset
+from megatron_cpt.checkpoint.described import Hints, args_of_llama, describe
 from megatron_cpt.checkpoint.files import file_inside
-from megatron_cpt.checkpoint.huggingface import dense
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout, hole
 from megatron_cpt.checkpoint.llama import (
     EMBEDDING,
     EXTRA_STATE_MODULES,
-    HEAD,
     LAYERS,
     STORED_EMBEDDING,
-    Placement,
-    hf_shapes,
     placements,
     stored_shapes,
 )
@@ -38,21 +35,21 @@ from megatron_cpt.checkpoint.metadata import (
     StoredObject,
     StoredTensor,
     check_cover,
+    read_index,
     read_metadata,
     write_index,
 )
+from megatron_cpt.checkpoint.rank_parts import Key, Named, RankBoxes
 from megatron_cpt.checkpoint.reader import BLOCK_BYTES, num_bytes, row_blocks
-from megatron_cpt.checkpoint.runs import STATES, WEIGHTS, Box, Placed, Rows, StoredModel, place
+from megatron_cpt.checkpoint.runs import STATES, WEIGHTS, Box, StoredModel
+from megatron_cpt.checkpoint.torch_dist_optimizer import STORED_STATES, TorchDistState, common_state
 from megatron_cpt.config.manifest import MANIFEST, write_json_atomic
 from megatron_cpt.errors import CheckpointError
 
-MAX_FILE_BYTES = 5_000_000_000
 _ONE_LAYER = re.compile(re.escape(LAYERS) + r"(0|[1-9]\d{0,5})\.(.+)")
 _OF_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
-_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|exp_avg|exp_avg_sq)\.(.+)", re.DOTALL)
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler")
-_STORED_STATES = {"master": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-Boxes = dict[tuple[str, int | None], list[Box]]
+Boxes = dict[Key, list[Box]]
 
 
 def open_torch_dist(folder: str | Path, with_optimizer: bool = False, hints: Hints | None = None) -> StoredModel:
@@ -68,64 +65,78 @@ def open_torch_dist(folder: str | Path, with_optimizer: bool = False, hints: Hin
             manifest one by one.
     """
     folder = Path(folder)
-    index = read_metadata(folder, lambda key: _is_wanted(key, with_optimizer))
+    held = _Seen(with_optimizer)
+    index, objects = read_index(folder, held.is_wanted)
     rows = index[STORED_EMBEDDING].size[0] if STORED_EMBEDDING in index else 0
-    described = describe(folder, _args(folder), rows, hints)
+    common = _common(folder) if with_optimizer or not (folder / MANIFEST).exists() else {}
+    described = describe(folder, _args(folder, common), rows, hints)
     llama, vocab_size = described.llama, described.vocab_size
     padded = described.stated.get("padded_vocab_size", rows)
     sizes = stored_shapes(llama, padded)
-    found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    for key, stored in index.items():
-        state = _STATE.fullmatch(key)
-        if state is None and _OF_OPTIMIZER.match(key):
-            raise CheckpointError(
-                f"{folder}: the optimizer's state {key} is not stored by parameter (fully_reshardable); "
-                "convert without the optimizer, or save it in that form"
-            )
-        found[WEIGHTS if state is None else _name_of(state[1])][key if state is None else state[2]] = stored
-    tensors, padding = {}, {}
-    places = placements(llama, vocab_size)
-    shapes = hf_shapes(llama, vocab_size)
-    for kind, held in found.items():
-        prefix = "" if kind == WEIGHTS else f"{kind}/"
-        stacked = _stack_layers(folder, sizes, held)
-        boxes = _boxes(folder, stacked)
-        for name, at in places.items():
-            dtype = stacked[at.key].dtype
-            tensors[prefix + name] = place(shapes[name], dtype, _rows(at), boxes[at.key, at.layer])
-            if name in (EMBEDDING, HEAD) and padded > vocab_size:
-                shape = (padded - vocab_size, shapes[name][1])
-                beyond = [Rows(0, vocab_size, padded - vocab_size)]
-                padding[prefix + name] = place(shape, dtype, beyond, boxes[at.key, None])
-    if WEIGHTS not in found:
+    weights = {key: tensor for key, tensor in index.items() if not _OF_OPTIMIZER.match(key)}
+    if not weights:
         raise CheckpointError(f"{folder} holds no weights; it is incomplete or of another model")
-    return StoredModel(folder, "torch_dist", llama, vocab_size, padded, tensors, padding, stated=described.stated)
+    named = Named()
+
+    def add(kind: str, found: Mapping[str, StoredTensor]) -> None:
+        stacked = _stack_layers(folder, sizes, found)
+        boxes = _boxes(folder, stacked)
+        dtypes = {key: stacked[key[0]].dtype for key in boxes}
+        named.add(kind, llama, (vocab_size, padded), RankBoxes(boxes), dtypes, str(folder))
+
+    add(WEIGHTS, weights)
+    facts = None
+    if with_optimizer and held.optimizer:
+        state = TorchDistState(folder, index, objects, common)
+        for kind, found in state.named.items():
+            add(kind, found)
+        for kind, boxes in state.buffered(llama, padded).items():
+            dtypes = dict.fromkeys(boxes.parts, torch.float32)
+            named.add(kind, llama, (vocab_size, padded), boxes, dtypes, str(folder))
+        facts = state.facts()
+    return StoredModel(
+        folder,
+        "torch_dist",
+        llama,
+        vocab_size,
+        padded,
+        named.tensors,
+        named.padding,
+        named.copies,
+        described.stated,
+        optimizer=facts,
+        holds_optimizer=held.optimizer,
+    )
 
 
-def _args(folder: Path) -> dict[str, Any] | None:
+class _Seen:
+    """Which keys are read, and whether there is more."""
+
+    def __init__(self, with_optimizer: bool) -> None:
+        self.with_optimizer, self.optimizer = with_optimizer, False
+
+    def is_wanted(self, key: str) -> bool:
+        """Whether a key is of the model, or of its optimizer where that is asked for."""
+        of_optimizer = bool(_OF_OPTIMIZER.match(key))
+        self.optimizer |= of_optimizer
+        return self.with_optimizer if of_optimizer else not _NOT_THE_MODEL.match(key)
+
+
+def _common(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds once, for all ranks."""
+    common = read_archive(file_inside(folder, "common.pt")) if (folder / "common.pt").exists() else {}
+    return common if isinstance(common, dict) else {}
+
+
+def _args(folder: Path, common: Mapping[str, Any]) -> dict[str, Any] | None:
     """Megatron's arguments, where a training run of it saved them."""
-    if (folder / MANIFEST).exists() or not (folder / "common.pt").exists():
-        return None
-    common = read_archive(file_inside(folder, "common.pt"))
-    args = common.get("args") if isinstance(common, dict) else None
+    args = None if (folder / MANIFEST).exists() else common.get("args")
     return vars(args) if isinstance(args, Namespace) else None
 
 
 def holds_optimizer(folder: str | Path) -> bool:
     """Whether a `torch_dist` folder holds an optimizer's moments."""
     return bool(read_metadata(Path(folder), lambda key: "optimizer." in key and ".exp_avg." in key))
-
-
-def _is_wanted(key: str, with_optimizer: bool) -> bool:
-    return not _NOT_THE_MODEL.match(key) or (with_optimizer and bool(_OF_OPTIMIZER.match(key)))
-
-
-def _name_of(stored_state: str) -> str:
-    return next(name for name, stored in _STORED_STATES.items() if stored == stored_state)
-
-
-def _rows(at: Placement) -> list[Rows]:
-    return [Rows(row, stored, rows) for row, stored, rows in at.runs]
 
 
 def _boxes(folder: Path, tensors: Mapping[str, StoredTensor]) -> Boxes:
@@ -145,17 +156,6 @@ def _boxes(folder: Path, tensors: Mapping[str, StoredTensor]) -> Boxes:
     return boxes
 
 
-def chunk_offset(folder: Path, chunk: Chunk, dtype: torch.dtype) -> int:
-    """Where in its file the data of a chunk begins; raises CheckpointError unless it is the tensor of the index."""
-    path = file_inside(folder, chunk.file)
-    where = f"{path}: the chunk at byte {chunk.start}"
-    stored = dense(read_archive(path, chunk.start, chunk.length), where, path)
-    # A layer that was saved on its own lacks the dimension along which layers are stacked.
-    if stored.dtype != dtype or chunk.size not in (stored.shape, (1, *stored.shape)):
-        raise CheckpointError(f"{where} is {stored.shape}, {stored.dtype}, the index says {chunk.size} {dtype}")
-    return stored.offset
-
-
 def lay_out_torch_dist(
     source: StoredModel,
     dtypes: Mapping[str, torch.dtype],
@@ -173,39 +173,39 @@ def lay_out_torch_dist(
         block_bytes: largest chunk.
     """
     files = _Files()
-    tensors: dict[str, Placed] = {}
-    padding: dict[str, Placed] = {}
+    named = Named()
     index: dict[str, StoredTensor] = {}
-    places, shapes = placements(source.llama, source.vocab_size), hf_shapes(source.llama, source.vocab_size)
+    places = placements(source.llama, source.vocab_size)
     for kind in (WEIGHTS, *STATES):
         prefix = "" if kind == WEIGHTS else f"{kind}/"
         if prefix + EMBEDDING not in dtypes:
             continue
-        stored_prefix = "" if kind == WEIGHTS else f"optimizer.state.{_STORED_STATES[kind]}."
+        stored_prefix = "" if kind == WEIGHTS else f"optimizer.state.{STORED_STATES[kind]}."
         boxes: Boxes = defaultdict(list)
+        by_key: dict[Key, torch.dtype] = {}
         for key, size in stored_shapes(source.llama, padded_size).items():
             dtype = _one_dtype(source, key, {dtypes[prefix + name] for name, at in places.items() if at.key == key})
             chunks = []
             for layer in range(size[0]) if key.startswith(LAYERS) else (None,):
+                by_key[key, layer] = dtype
                 for box, chunk in _lay_out_matrix(files, layer, size, dtype, block_bytes):
                     boxes[key, layer].append(box)
                     chunks.append(chunk)
             index[stored_prefix + key] = StoredTensor(dtype, size, tuple(chunks))
-        for name, at in places.items():
-            full = prefix + name
-            tensors[full] = place(shapes[name], dtypes[full], _rows(at), boxes[at.key, at.layer])
-            if name in (EMBEDDING, HEAD) and padded_size > source.vocab_size:
-                extra = padded_size - source.vocab_size
-                beyond = [Rows(0, source.vocab_size, extra)]
-                padding[full] = place((extra, shapes[name][1]), dtypes[full], beyond, boxes[at.key, None])
+        named.add(kind, source.llama, (source.vocab_size, padded_size), RankBoxes(boxes), by_key, "the new checkpoint")
     nothing = archive_bytes([None])
     objects = {
         key: StoredObject(*files.add(len(nothing), [(0, nothing)]))
         for key in _extra_state_keys(source.llama.num_layers)
     }
     begin = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}, **(common or {})}
+    if source.optimizer is not None and f"master/{EMBEDDING}" in dtypes:
+        step = source.stated.get("step") or source.optimizer.step
+        kind = str(dtypes[EMBEDDING]).removeprefix("torch.")
+        args = args_of_llama(source.llama, source.vocab_size, padded_size, padded_size, kind)
+        begin |= common_state(source.optimizer, args, step)
     finish = partial(_finish, tensors=index, objects=objects, common=begin)
-    return NewLayout(files.made(), tensors, finish, padding)
+    return NewLayout(files.made(), named.tensors, finish, named.padding)
 
 
 def _one_dtype(source: StoredModel, key: str, dtypes: set[torch.dtype]) -> torch.dtype:
@@ -278,7 +278,7 @@ def _finish(
 
 
 def _stack_layers(
-    folder: Path, sizes: dict[str, tuple[int, ...]], found: dict[str, StoredTensor]
+    folder: Path, sizes: dict[str, tuple[int, ...]], found: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """Bring every layout to stacked layers and check it against the sizes the manifest leads to."""
     chunks: dict[str, list[Chunk]] = {key: [] for key in sizes}

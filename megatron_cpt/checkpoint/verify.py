@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cpt.checkpoint.carried_state import masters_as_weights
 from megatron_cpt.checkpoint.execute import Tally, blocks_of, num_workers
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.logits import check_logits
@@ -74,7 +75,9 @@ def verify(
     if dst is None:
         _require_hashes(target, logits)
     else:
-        source = open_checkpoint(src, with_optimizer=bool(target.state_names()), hints=hints)
+        masters = bool(target.stated.get("masters"))
+        source = open_checkpoint(src, with_optimizer=masters or bool(target.state_names()), hints=hints)
+        source = masters_as_weights(source) if masters else source
         _compare_configs(source, target)
     _fail_as_changed(target, broken_seals(target))
     names = [*target.names(), *target.state_names()]

@@ -37,6 +37,15 @@ def convert(
     spec: Annotated[
         Literal["te", "local"], typer.Option(help="mp_rank: names of Transformer Engine's or of local modules.")
     ] = "te",
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer/--no-optimizer", help="Megatron: the optimizer's state goes along, if any.")
+    ] = True,
+    optimizer_form: Annotated[
+        Literal["distributed", "plain"], typer.Option(help="mp_rank: of --use-distributed-optimizer, or without it.")
+    ] = "distributed",
+    masters: Annotated[
+        bool, typer.Option("--masters", help="Write the optimizer's float32 masters as weights.")
+    ] = False,
     vocab_divisor: Annotated[int, typer.Option(min=1, help="Megatron: pad the vocabulary to a multiple.")] = 128,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; default: the source's own.")] = None,
     dtype: Annotated[
@@ -69,6 +78,9 @@ def convert(
             pp=pp,
             vpp=vpp,
             spec=spec,
+            optimizer=optimizer,
+            masters=masters,
+            optimizer_form=optimizer_form,
             hints=_hints(config, vocab_size, tokenizer),
             bos_token_id=bos,
             eos_token_id=eos,
