@@ -39,7 +39,7 @@ def faulty_runs(change: Callable[[str, Placement, LlamaShape], Placement]) -> Fa
     def wrong(shape: LlamaShape, vocab_size: int) -> dict[str, Placement]:
         return {name: change(name, at, shape) for name, at in placements(shape, vocab_size).items()}
 
-    return lambda patch: patch.setattr(f"{PACKAGE}.torch_dist.placements", wrong)
+    return lambda patch: patch.setattr(f"{PACKAGE}.rank_parts.placements", wrong)
 
 
 def flat_qkv(name: str, at: Placement, shape: LlamaShape) -> Placement:
