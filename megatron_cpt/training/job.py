@@ -143,7 +143,8 @@ def _make_initial_once(config: TrainConfig, tokenizer: Tokenizer) -> None:
         shutil.rmtree(source, ignore_errors=True)
         write_random_hf(config.shape, tokenizer.vocab_size, config.seed, source, tokenizer.bos_id, tokenizer.eos_id)
     folder = tokenizer.path.parent if tokenizer.path.name in MODEL_FILES else None
-    convert(source, initial, "torch_dist", vocab_divisor=config.vocab_divisor, tokenizer=folder)
+    # With `initial_optimizer` the checkpoint is given in form; otherwise a state would be made and never read.
+    convert(source, initial, "torch_dist", config.vocab_divisor, folder, optimizer=False)
     if config.initial_checkpoint is None:
         shutil.rmtree(source)
     write_json_atomic(record, _request(config, tokenizer))

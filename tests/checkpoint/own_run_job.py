@@ -2,7 +2,8 @@
 
 ROOT/whole.json is trained; its checkpoint of step 2, ROOT/whole/checkpoints/iter_0000002, is converted to ranks of
 Megatron's, ROOT/ranks, and back, ROOT/converted. ROOT/again is that run with the converted checkpoint in the place of
-all others, and is resumed; ROOT/begun.json begins from it. One process for all, to pay for imports once.
+all others, and is resumed; ROOT/begun.json begins from it, ROOT/ranked.json from the ranks. One process for all, to
+pay for imports once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main(root: Path) -> None:
     checkpoints = root / "again" / "checkpoints"
     shutil.rmtree(checkpoints)
     shutil.copytree(root / "converted", checkpoints / "iter_0000002")
-    many_jobs.main(1, [str(root / "again.json"), str(root / "begun.json")])
+    many_jobs.main(1, [str(root / f"{name}.json") for name in ("again", "begun", "ranked")])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from megatron_cpt.cli.main import main
 from megatron_cpt.config.manifest import read_json
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.launcher import launch
+from megatron_cpt.training.folder import INITIAL
 from tests.checkpoint.conftest import tiny_shape
 from tests.checkpoint.megatron_slices import Layout, rank_slices
 from tests.training.conftest import make_tiny
@@ -298,7 +299,8 @@ def test_a_run_of_our_own_goes_on_bit_for_bit(tmp_path: Path) -> None:
     run = make_tiny(tmp_path, 250, tiny_shape(**SMALL))
     settings = {"train_steps": 4, "precision": "bf16", "checkpoint": {"save_interval_steps": 2, "keep_last": 9}}
     initial = {"initial_checkpoint": str(tmp_path / "converted"), "initial_optimizer": True, "train_steps": 1}
-    for name, changes in {"whole": {}, "again": {}, "begun": initial}.items():
+    ranked = {"initial_checkpoint": str(tmp_path / "ranks"), "train_steps": 1}
+    for name, changes in {"whole": {}, "again": {}, "begun": initial, "ranked": ranked}.items():
         config = run.config(tmp_path / name, **{**settings, **changes})
         (tmp_path / f"{name}.json").write_text(config.model_dump_json())
     launch("tests.checkpoint.own_run_job", [str(tmp_path)], 1, tmp_path / "logs")
@@ -307,6 +309,7 @@ def test_a_run_of_our_own_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert state_of(tmp_path / "converted").keys() == expected.keys() == found.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
+    assert not open_checkpoint(tmp_path / "ranked" / INITIAL).holds_optimizer  # begun from the weights alone
     begun = open_checkpoint(tmp_path / "begun", with_optimizer=True).optimizer
     assert begun is not None and begun.step == 3
     manifest = read_json(tmp_path / "converted" / "manifest.json", CheckpointError)
