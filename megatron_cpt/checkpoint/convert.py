@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,7 +32,7 @@ from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.checkpoint.seal import seal_files
 from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, end_tokens, matching_tokenizer
 from megatron_cpt.checkpoint.torch_dist import lay_out_torch_dist
-from megatron_cpt.config.folders import check_apart, check_free, resumable_folder
+from megatron_cpt.config.folders import check_apart, check_free, resumable_folder, staged_folder
 from megatron_cpt.config.manifest import MANIFEST, sha256_file, sha256_json
 from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError
@@ -40,7 +41,8 @@ from megatron_cpt.runtime.lock import lock_folder
 Format = Literal["hf", "torch_dist", "mp_rank", "meta", "nxd"]
 FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank", "meta", "nxd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOCK = ".lock"
+# What a format has no use for.
+_IGNORED = {"hf": ("tp", "pp", "vpp"), "torch_dist": ("tp", "pp", "vpp"), "meta": ("pp", "vpp"), "nxd": ("vpp",)}
 _CARRIED = ("step", "bos_token_id", "eos_token_id", "huggingface", "assumed")
 
 
@@ -97,10 +99,11 @@ def convert(
         facts of the conversion, as recorded in the manifest, with `files` and `bytes`.
 
     Raises:
-        CheckpointError: source, destination, tokenizer or dtype cannot be used, or the optimizer's state is not of
-            these weights; nothing is left behind.
+        InputError: source, destination, tokenizer or layout cannot be used, or the optimizer's state is not of these
+            weights; nothing is left behind.
+        OSError: what the system refuses; what was done stays for the next call.
     """
-    src, dst = Path(src), Path(dst)
+    src, dst = Path(src), Path(os.path.abspath(dst))
     source = open_checkpoint(src, hints=hints)
     to = to or ("torch_dist" if source.format == "hf" else "hf")
     target = Target(to, tp, pp, vpp, spec, vocab_divisor, optimizer_form)
@@ -116,13 +119,33 @@ def convert(
     facts = plan.facts | {"source": str(src), "destination": str(dst), "bytes": plan.layout.num_bytes}
     facts["peak_bytes"] = peak_bytes(source, plan.layout, workers, None if dtype is None else DTYPES[dtype])
     if dry_run:
-        require_space(dst, plan.layout.num_bytes)
+        require_space(staged_folder(dst), plan.layout.num_bytes)
         facts.pop("huggingface", None)
         return {**facts, "files": len(plan.layout.files), "dry_run": True}
-    key = sha256_json([__version__, state_of_files(source), plan.facts])
-    with resumable_folder(dst, CheckpointError) as folder, lock_folder(folder, _LOCK):
-        _forget_other(folder, key, plan.layout)
-        journal = Journal(folder, key)
+    described = [str(source.folder.resolve()), state_of_files(source), source.llama.model_dump(), plan.facts]
+    with lock_folder(dst.parent, f".{dst.name}.lock", dst):
+        try:
+            check_free(dst, CheckpointError)  # another process may have made it meanwhile
+            journal = _begin(dst, sha256_json([__version__, *described]), plan.layout)
+            _write(source, plan, dst, journal, workers, facts, on_progress)
+            journal.close(dst)
+        finally:
+            (dst.parent / f".{dst.name}.lock").unlink()
+    facts.pop("huggingface", None)  # a copy of two files, for the manifest alone
+    return {**facts, "files": len(plan.layout.files)}
+
+
+def _write(
+    source: StoredModel,
+    plan: _Plan,
+    dst: Path,
+    journal: Journal,
+    workers: int,
+    facts: dict[str, Any],
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    """Make the folder; what is found out meanwhile joins the facts."""
+    with resumable_folder(dst, CheckpointError) as folder:
         digests, done = execute(source, plan.layout, folder, journal, workers, on_progress)
         facts |= done
         named = {n: (str(p.dtype).removeprefix("torch."), p.shape, digests[n]) for n, p in plan.layout.tensors.items()}
@@ -131,11 +154,7 @@ def convert(
         copy_tokenizer(plan.tokenizer, folder)
         if facts["to"] == "hf":
             (folder / "README.md").write_text(model_card(source, facts), encoding="utf-8")
-        journal.close()
         _write_manifest(folder, source, plan, facts, digests)
-        (folder / _LOCK).unlink()
-    facts.pop("huggingface", None)  # a copy of two files, for the manifest alone
-    return {**facts, "files": len(plan.layout.files)}
 
 
 @dataclass(frozen=True)
@@ -158,6 +177,8 @@ def _plan(
         raise CheckpointError(f"got the format {target.format!r}, expected one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"got dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if useless := [f"--{name}" for name in _IGNORED.get(target.format, ()) if getattr(target, name) != 1]:
+        raise CheckpointError(f"got {', '.join(useless)} for {target.format}, which is not cut so; leave it out")
     dtypes = {name: source.dtype(name) if dtype is None else DTYPES[dtype] for name in source.names()}
     facts, folder = _facts(source, dtypes, tokenizer)
     source, state, told = carried_state(source, target, dtypes, optimizer)
@@ -186,8 +207,7 @@ def _plan(
         else:
             layout = lay_out_mp_rank(source, dtypes, target, facts["padded_vocab_size"])
             facts |= {"tp": target.tp, "pp": target.pp, "vpp": target.vpp, "spec": target.spec}
-        divisor = rank_divisor(target, facts["padded_vocab_size"])
-        facts["megatron_flags"] = megatron_flags(source.llama, divisor)
+        facts["megatron_flags"] = megatron_flags(source.llama, rank_divisor(target, facts["padded_vocab_size"]))
     check_layout(source, layout, dtypes)
     return source, _Plan(layout, facts, folder)
 
@@ -214,14 +234,15 @@ def _facts(
     return facts | {key: source.stated[key] for key in _CARRIED if source.stated.get(key) is not None}, folder
 
 
-def _forget_other(folder: Path, key: str, layout: NewLayout) -> None:
-    """Empty the staged folder unless it is of this very conversion."""
-    if not Journal.is_of(folder, key):
-        for path in folder.iterdir():
-            if path.name != _LOCK:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    held = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
-    require_space(folder, max(0, layout.num_bytes - held))
+def _begin(dst: Path, key: str, layout: NewLayout) -> Journal:
+    """The journal of this very conversion, begun or found; what another one has left is removed."""
+    staged = staged_folder(dst)
+    if not Journal.is_of(staged, key):
+        shutil.rmtree(staged, ignore_errors=True)
+    held = sum(path.stat().st_blocks * 512 for path in staged.rglob("*") if path.is_file())
+    require_space(staged, max(0, layout.num_bytes - held))
+    staged.mkdir(parents=True, exist_ok=True)
+    return Journal(staged, key)
 
 
 def _write_manifest(

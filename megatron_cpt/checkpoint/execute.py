@@ -89,9 +89,10 @@ class Journal:
         with self._lock, open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps([name, digest, error]) + "\n")
 
-    def close(self) -> None:
-        """Remove it: the work is done."""
-        self._path.unlink()
+    @staticmethod
+    def close(folder: Path) -> None:
+        """Remove it from the finished folder."""
+        (folder / JOURNAL).unlink()
 
 
 def execute(

@@ -81,19 +81,24 @@ def hole(shape: tuple[int, ...], dtype: torch.dtype) -> Array:
     return Array(-1, shape, dense_strides(shape), dtype)
 
 
-def check_layout(source: StoredModel, layout: NewLayout, names: Iterable[str]) -> None:
+def check_layout(source: StoredModel, layout: NewLayout, dtypes: Mapping[str, torch.dtype]) -> None:
     """Raise CheckpointError unless every element goes to one place and every byte comes from one.
 
-    Every named tensor of the source is laid out once, in its shape, and no other; each run lies in a file; headers,
-    tensors and padding together fill every file without a gap or an overlap.
+    Every named tensor of the source is laid out once, in its shape and this dtype, and no other; each run lies in a
+    file; headers, tensors and padding together fill every file without a gap or an overlap.
     """
-    names = set(names)
-    if names != layout.tensors.keys():
-        wrong = sorted(names ^ layout.tensors.keys())
+    if dtypes.keys() != layout.tensors.keys():
+        wrong = sorted(dtypes.keys() ^ layout.tensors.keys())
         raise CheckpointError(f"{source.folder}: {wrong[0]} (and {len(wrong) - 1} more) would be lost or made up")
     for name, placed in layout.tensors.items():
         if placed.shape != source.shape(name):
             raise CheckpointError(f"{name}: laid out as {placed.shape}, the source has {source.shape(name)}")
+        for each in (placed, *layout.copies.get(name, ())):
+            if each.dtype != dtypes[name]:
+                raise CheckpointError(
+                    f"{source.folder}: {name} and what is stored with it in one matrix have dtypes {dtypes[name]} and "
+                    f"{each.dtype}, expected one; state the dtype to convert to"
+                )
         for each in (source.tensors[name], placed, *layout.copies.get(name, ())):
             check_cover(name, each)
     for name, placed in layout.padding.items():

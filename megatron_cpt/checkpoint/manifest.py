@@ -36,7 +36,7 @@ def write_checkpoint_manifest(
         padded_vocab_size: rows stored in the embedding and the head, >= vocab_size.
         tokenizer_sha256: hash of the tokenizer's model file; None when it is not known.
         inputs: name -> SHA-256 of what the checkpoint was made from.
-        format: "torch_dist" or "hf".
+        format: one of those that `convert` writes.
         fields: whatever else the next step needs (`step`, `dtype`, `bos_token_id`, ...).
     """
     write = write_sealed_manifest if "files" in fields else write_manifest

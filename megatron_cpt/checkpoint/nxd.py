@@ -320,7 +320,7 @@ def lay_out_nxd(
     files: list[NewFile] = []
     held: dict[str, list[Held]] = {}
     for stage, keys in enumerate(_stages(llama, target.pp, shapes)):
-        kinds = {key: _one_dtype(source, key, users[key]) for key in keys}
+        kinds = {key: next(iter(users[key])) for key in keys}
         size, parts, offsets = lay_out_archive({key: hole(shapes[key], kinds[key]) for key in keys})
         names = [f"{MODEL}/{_name(rank, stage)}" for rank in range(tp)]
         files += [NewFile(name, size, tuple(parts)) for name in names]
@@ -359,15 +359,6 @@ def _stages(llama: LlamaShape, pp: int, keys: Mapping[str, Any]) -> list[list[st
         match = _LAYER.fullmatch(key)
         stages[stage_of[int(match[1])] if match else 0 if key == EMBEDDING else -1].append(key)
     return stages
-
-
-def _one_dtype(source: StoredModel, key: str, dtypes: set[torch.dtype]) -> torch.dtype:
-    if len(dtypes) > 1:
-        raise CheckpointError(
-            f"{source.folder}: the tensors of {key} have dtypes {', '.join(sorted(map(str, dtypes)))}, expected one; "
-            "state the dtype to convert to"
-        )
-    return next(iter(dtypes))
 
 
 def _finish(folder: Path, config: Mapping[str, Any]) -> None:

@@ -82,11 +82,11 @@ def _newest(folder: Path) -> Path:
 
 
 def state_of_files(model: StoredModel) -> dict[str, list[int]]:
-    """Size and time of every file that a model is read from: what changes when one of them does."""
+    """Size, times and identity of every file that a model is read from: what changes when one of them does."""
     files = {run.file for placed in model.tensors.values() for run in placed.runs}
     files |= {CONFIG, MANIFEST, METADATA, PARAMS}
     stats = {name: (model.folder / name).stat() for name in sorted(files) if (model.folder / name).exists()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for name, stat in stats.items()}
 
 
 def open_tables(folder: str | Path, with_optimizer: bool = True) -> HFTables | TorchDistTables | MpRankTables:

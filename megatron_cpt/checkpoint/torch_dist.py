@@ -61,7 +61,7 @@ def open_torch_dist(folder: str | Path, with_optimizer: bool = False, hints: Hin
         hints: what a checkpoint of Megatron's, which has no manifest, does not say of itself.
 
     Raises:
-        CheckpointError: no manifest, a damaged or hostile index, or tensors that do not match the
+        CheckpointError: not described, a damaged or hostile index, or tensors that do not match the
             manifest one by one.
     """
     folder = Path(folder)
@@ -184,7 +184,7 @@ def lay_out_torch_dist(
         boxes: Boxes = defaultdict(list)
         by_key: dict[Key, torch.dtype] = {}
         for key, size in stored_shapes(source.llama, padded_size).items():
-            dtype = _one_dtype(source, key, {dtypes[prefix + name] for name, at in places.items() if at.key == key})
+            dtype = next(dtypes[prefix + name] for name, at in places.items() if at.key == key)
             chunks = []
             for layer in range(size[0]) if key.startswith(LAYERS) else (None,):
                 by_key[key, layer] = dtype
@@ -206,15 +206,6 @@ def lay_out_torch_dist(
         begin |= common_state(source.optimizer, args, step)
     finish = partial(_finish, tensors=index, objects=objects, common=begin)
     return NewLayout(files.made(), named.tensors, finish, named.padding)
-
-
-def _one_dtype(source: StoredModel, key: str, dtypes: set[torch.dtype]) -> torch.dtype:
-    if len(dtypes) > 1:
-        raise CheckpointError(
-            f"{source.folder}: the tensors of {key} have dtypes {', '.join(sorted(map(str, dtypes)))}, "
-            "expected one; state the dtype to convert to"
-        )
-    return dtypes.pop()
 
 
 def _lay_out_matrix(

@@ -98,6 +98,8 @@ def verify(
     logits: Annotated[
         bool, typer.Option("--logits", help="Compute both in fp32, and compare the logits near and far.")
     ] = False,
+    config: ConfigOption = None,
+    vocab_size: VocabSizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove that DST holds the model of SRC: the config field by field, every tensor bit for bit.
@@ -107,7 +109,8 @@ def verify(
     from megatron_cpt.checkpoint import verify
 
     with progress(f"Verifying {dst or src}") as advance:
-        facts = verify(src, dst, on_progress=advance, logits=logits)
+        hints = _hints(config, vocab_size, None)
+        facts = verify(src, dst, on_progress=advance, logits=logits, hints=hints)
     emit(facts, as_json, _facts)
 
 

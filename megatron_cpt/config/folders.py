@@ -12,7 +12,11 @@ from megatron_cpt.errors import CptError, InputError
 
 
 def check_free(folder: Path, error: type[InputError]) -> None:
-    """Raise `error` when `folder` is a file or a folder that holds anything."""
+    """Raise `error` when `folder` is a link, a mount, a file, or a folder that holds anything."""
+    if folder.is_symlink() or os.path.ismount(folder):
+        raise error(
+            f"{folder} is a link or a mount, which cannot be replaced by a finished folder: name a folder in it"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise error(f"{folder} already holds files: choose a new folder, or remove this one first")
 
@@ -35,7 +39,7 @@ def new_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
         InputError: of the class `error`, when `folder` is taken (see `check_free`).
     """
     check_free(folder, error)
-    staged = folder.with_name(f".{folder.name}.partial")
+    staged = staged_folder(folder)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
@@ -47,20 +51,38 @@ def new_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def staged_folder(folder: Path) -> Path:
+    """Where a folder is made before it takes its name."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 @contextmanager
 def resumable_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
     """As `new_folder`, but what a killed or interrupted attempt has done is there for the next one.
 
-    Only a failure that another attempt would meet again, one of this tool's own errors, removes it.
+    Only a failure that another attempt would meet again, one of this tool's own errors, removes it. The caller lets
+    no other process in. All that the folder holds is on disk before it takes its name.
     """
     check_free(folder, error)
-    staged = folder.with_name(f".{folder.name}.partial")
+    staged = staged_folder(folder)
     staged.mkdir(parents=True, exist_ok=True)
     try:
         yield staged
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(staged, folder)
     except CptError:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+    for path in sorted(staged.rglob("*"), reverse=True):  # what is in a folder before the folder
+        _sync(path)
+    _sync(staged)
+    if folder.is_dir():
+        folder.rmdir()
+    os.replace(staged, folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,8 +14,13 @@ from megatron_cpt.errors import ConfigError, InputError
 
 
 @contextmanager
-def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
+def lock_folder(folder: Path, name: str = ".lock", what: Path | None = None) -> Iterator[None]:
     """Hold a folder for one job; the lock goes with the process, however it ends.
+
+    Args:
+        folder: where the lock file lies.
+        name: of the lock file.
+        what: is held, where that is not the folder itself.
 
     Raises:
         ConfigError: another job holds it, or its file system has no locks.
@@ -28,7 +33,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> Iterator[None]:
             if not _is_at(path, file):  # removed since it was opened: another file is the lock now
                 continue
             if not is_held:
-                raise ConfigError(f"another job is running in {folder}; wait for it or choose another folder")
+                raise ConfigError(f"another job is running in {what or folder}; wait for it or choose another folder")
             yield
             return
 

@@ -98,7 +98,7 @@ def test_tensors_of_different_dtypes_need_a_stated_dtype(make_model, tmp_path: P
     for file in source.glob("*.safetensors"):
         tensors = load_file(file)
         save_file({name: t.half() if "layers.1.mlp.up" in name else t for name, t in tensors.items()}, file)
-    with pytest.raises(CheckpointError, match="float16, torch.float32"):
+    with pytest.raises(CheckpointError, match="float16 and torch.float32"):
         convert(source, tmp_path / "stored", "torch_dist")
     convert(source, tmp_path / "stored", "torch_dist", dtype="float32")
 
@@ -152,6 +152,8 @@ def test_dry_run_writes_nothing(make_model, tmp_path: Path) -> None:
         ({"to": "onnx"}, "got the format 'onnx', expected one of hf, torch_dist"),
         ({"to": "torch_dist", "dtype": "int8"}, "expected one of float32"),
         ({"to": "torch_dist", "vocab_divisor": 0}, "expected 1 or more"),
+        ({"to": "torch_dist", "tp": 2}, "got --tp for torch_dist, which is not cut so"),
+        ({"to": "hf", "pp": 2, "vpp": 2}, "got --pp, --vpp for hf"),
     ],
 )
 def test_impossible_requests(arguments, message, make_model, tmp_path: Path) -> None:
