@@ -333,8 +333,6 @@ def lay_out_nxd(
 def _new_cut(source: StoredModel, target: Target) -> Cut:
     """The cut that is written; raises CheckpointError where there is none."""
     llama, tp, pp, where = source.llama, target.tp, target.pp, str(source.folder)
-    if target.vpp != 1:
-        raise CheckpointError(f"{where}: got vpp {target.vpp}, expected 1; NxD's files have no model chunks")
     if tp < 1 or not 1 <= pp <= llama.num_layers:
         raise CheckpointError(f"{where}: got tp {tp} and pp {pp}, expected 1 or more and a layer for each stage")
     if source.vocab_size % tp:

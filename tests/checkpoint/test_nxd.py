@@ -225,7 +225,7 @@ def test_a_padded_table_needs_the_vocabulary_size(hf: Path, tag: Path, tmp_path:
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ({}, {"tp": 2, "vpp": 2}, "got vpp 2"),
+        ({}, {"tp": 2, "vpp": 2}, "got --vpp for nxd"),
         ({"vocab_size": 133}, {"tp": 2}, "tp 2 for a vocabulary of 133"),
         ({"ffn_hidden_size": 84}, {"tp": 8}, "tp 8 for 84 ffn rows"),
         ({"vocab_size": 128}, {"tp": 16}, "tp 16 for 8 attention heads"),
