@@ -18,7 +18,7 @@ from megatron_cpt.errors import CheckpointError
 
 __all__ = ["Array", "archive_bytes", "lay_out_archive", "read_archive"]
 
-HEADER_BYTES = 256 << 20  # largest directory and largest pickle that are read into memory
+HEADER_BYTES = 32 << 20  # largest directory and largest pickle that are read into memory: 200,000 tensors
 ALIGNMENT = 64  # bytes; of the data of each record, as torch aligns them
 _ENDS = 1024  # bytes at either end that are read at once: all the headers of an archive of one tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -42,6 +43,16 @@ def file_inside(folder: Path, name: str) -> Path:
             "replace the link by the file"
         )
     return path
+
+
+def read_whole(folder: Path, name: str, limit: int) -> bytes:
+    """All bytes of a small file of a checkpoint, see `file_inside`; raises CheckpointError where they are too many."""
+    path = file_inside(folder, name)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(f"{path} has {size:,} bytes, expected at most {limit:,}; it is another kind of file")
+        return file.read(size)
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,11 @@
 """`.metadata` of a `torch_dist` checkpoint: read without running anything, checked against the files; and written.
 
-The file is a pickle. Here every class it may name becomes an inert record that only keeps what the
-pickle says; any other name is refused. Nothing of torch or of the checkpoint is executed.
+The file is a pickle. Here every class it may name becomes a stand-in that only keeps what the pickle says (see
+`unpickler`); any other name is refused. Nothing of torch or of the checkpoint is executed.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +15,18 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.files import file_inside
+from megatron_cpt.checkpoint.files import file_inside, read_whole
 from megatron_cpt.checkpoint.reader import num_bytes
+from megatron_cpt.checkpoint.stand_ins import StandIn
+from megatron_cpt.checkpoint.unpickler import DTYPES, SIZE, Unpickler, numbers
 from megatron_cpt.errors import CheckpointError
 
 METADATA = ".metadata"
+MAX_INDEX_BYTES = 256 << 20  # of a million chunks
+MAX_DIMENSIONS = 8
 _RECORD_MODULES = tuple(f"torch.distributed.checkpoint.{part}" for part in ("metadata", "filesystem", "planner"))
-_RECORDS = {
+_NAMES = {
+    SIZE.stands_for,
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
     ("pathlib", "Path"),
@@ -59,26 +63,14 @@ class StoredObject:
     length: int
 
 
-class _Record:
-    """Stands in for a class that the pickle names: keeps arguments and state, runs nothing."""
+class _Unpickler(Unpickler):
+    """Reads an index: all that it may name are torch's records, dtypes and sizes."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-# The Python unpickler: the C one would let a few bytes reserve gigabytes for its memo.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name == "Size":
-            return tuple
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module in _RECORD_MODULES or (module, name) in _RECORDS:
-            return type(name, (_Record,), {})
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint's index has no use for")
+        known = (module, name) in _NAMES or (module == "torch" and name in DTYPES)
+        if not known and module not in _RECORD_MODULES:
+            raise ValueError(f"it names {module}.{name}, which a checkpoint's index has no use for")
+        return super().find_class(module, name)
 
 
 def read_metadata(folder: Path, wanted: Any) -> dict[str, StoredTensor]:
@@ -97,10 +89,9 @@ def read_metadata(folder: Path, wanted: Any) -> dict[str, StoredTensor]:
 
 def read_index(folder: Path, wanted: Any) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
     """The tensors and the other objects of a checkpoint whose key satisfies `wanted`; see `read_metadata`."""
-    path = file_inside(folder, METADATA)
+    path, data = folder / METADATA, read_whole(folder, METADATA, MAX_INDEX_BYTES)
     try:
-        root = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        tensors, objects = _parse(root, wanted)
+        tensors, objects = _parse(_Unpickler(data).load(), wanted)
     except Exception as caught:  # a damaged pickle can fail in any way
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint's index: {caught}; do not use this file"
@@ -178,7 +169,7 @@ def _parse(root: Any, wanted: Any) -> tuple[dict[str, StoredTensor], dict[str, S
     for key, described in _field(root, "Metadata", "state_dict_metadata").items():
         if not isinstance(key, str) or not wanted(key):
             continue
-        if type(described).__name__ == "BytesStorageMetadata":
+        if isinstance(described, StandIn) and _kind(described) == "BytesStorageMetadata":
             if (key, None) in places:
                 objects[key] = StoredObject(*places[key, None])
             continue
@@ -186,21 +177,30 @@ def _parse(root: Any, wanted: Any) -> tuple[dict[str, StoredTensor], dict[str, S
         dtype = _state(fields["properties"], "TensorProperties", tuple)[0]
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{key} has no dtype")
-        chunks = []
+        shape, chunks = _numbers(fields["size"]), []
         for chunk in fields["chunks"]:
             box = _state(chunk, "ChunkStorageMetadata")
             offset, size = _numbers(box["offsets"]), _numbers(box["sizes"])
+            if not len(offset) == len(size) == len(shape):
+                raise ValueError(f"{key} of {shape} has a chunk at {offset} of {size}")
             if (key, offset) not in places:
                 raise ValueError(f"{key}: no file holds the chunk at {offset}")
             chunks.append(Chunk(offset, size, *places[key, offset]))
-        tensors[key] = StoredTensor(dtype, _numbers(fields["size"]), tuple(chunks))
+        tensors[key] = StoredTensor(dtype, shape, tuple(chunks))
     return tensors, objects
 
 
+def _kind(record: StandIn) -> str:
+    return type(record).stands_for[1]
+
+
 def _state(record: Any, kind: str, state: type = dict) -> Any:
-    if not isinstance(record, _Record) or type(record).__name__ != kind or not isinstance(record.state, state):
-        raise ValueError(f"got {type(record).__name__}, expected {kind}")
-    return record.state
+    if not isinstance(record, StandIn) or _kind(record) != kind:
+        got = _kind(record) if isinstance(record, StandIn) else type(record).__name__
+        raise ValueError(f"got {got}, expected {kind}")
+    if not record.states or not isinstance(record.states[0], state):
+        raise ValueError(f"{kind} has no state")
+    return record.states[0]
 
 
 def _field(record: Any, kind: str, name: str) -> dict[Any, Any]:
@@ -211,9 +211,7 @@ def _field(record: Any, kind: str, name: str) -> dict[Any, Any]:
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"got {values!r}, expected integers of 0 or more")
-    return values
+    return numbers(values, "a size or a place", MAX_DIMENSIONS)
 
 
 def _check_bytes(folder: Path, tensors: dict[str, StoredTensor]) -> None:

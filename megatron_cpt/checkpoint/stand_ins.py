@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copyreg
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 # The class in Python: that in C knows nothing of names that stand for others.
@@ -27,31 +28,35 @@ class Named(type):
 class StandIn(metaclass=Named):
     """What a named class or function made of its arguments, as the pickle says and without making it."""
 
+    __slots__ = ("arguments", "called", "entries", "items", "states")
+
     def __new__(cls, *arguments: Any) -> StandIn:  # noqa: D102 - as for any class
         made = super().__new__(cls)
-        made.arguments, made.states, made.items, made.entries = arguments, [], [], []
+        made.arguments, made.states, made.items, made.entries = arguments, (), (), ()
         made.called = False
         return made
 
     arguments: tuple[Any, ...]
-    states: list[Any]
-    items: list[Any]
-    entries: list[tuple[Any, Any]]
+    states: Sequence[Any]
+    items: Sequence[Any]  # a list where there are any; an index has hundreds of thousands of stand-ins
+    entries: Sequence[tuple[Any, Any]]
     called: bool  # or made by the class's __new__ alone
 
     def __setstate__(self, state: Any) -> None:
-        self.states = [state]
+        self.states = (state,)
 
     def append(self, item: Any) -> None:
         """Keep an item that is added to what it stands for."""
-        self.items.append(item)
+        self.extend((item,))
 
     def extend(self, items: Any) -> None:
         """Keep items that are added to what it stands for."""
-        self.items.extend(items)
+        self.items = self.items or []
+        self.items.extend(items)  # type: ignore[attr-defined]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.entries.append((key, value))
+        self.entries = self.entries or []
+        self.entries.append((key, value))  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = self.states[0] if self.states else None
@@ -69,7 +74,7 @@ def named(module: str, name: str) -> Named:
     """
     if "\n" in module or "\n" in name:
         raise ValueError("it names a class or function with a line break")
-    return Named(name, (StandIn,), {"stands_for": (module, name)})
+    return Named(name, (StandIn,), {"stands_for": (module, name), "__slots__": ()})
 
 
 class NamedPickler(PicklerBase):  # type: ignore[misc]

@@ -67,7 +67,10 @@ def open_torch_dist(folder: str | Path, with_optimizer: bool = False, hints: Hin
     folder = Path(folder)
     held = _Seen(with_optimizer)
     index, objects = read_index(folder, held.is_wanted)
-    rows = index[STORED_EMBEDDING].size[0] if STORED_EMBEDDING in index else 0
+    size = index[STORED_EMBEDDING].size if STORED_EMBEDDING in index else (0, 0)
+    if len(size) != 2:
+        raise CheckpointError(f"{folder}: {STORED_EMBEDDING} has shape {size}, expected a matrix; it is damaged")
+    rows = size[0]
     common = _common(folder) if with_optimizer or not (folder / MANIFEST).exists() else {}
     described = describe(folder, _args(folder, common), rows, hints)
     llama, vocab_size = described.llama, described.vocab_size
@@ -277,12 +280,12 @@ def _stack_layers(
     for key, tensor in found.items():
         target, row = key, 0
         prefix: tuple[int, ...] = ()
-        if key not in sizes and (match := _ONE_LAYER.fullmatch(key)):
+        if key not in sizes and tensor.size and (match := _ONE_LAYER.fullmatch(key)):
             target, prefix = LAYERS + match[2], (int(match[1]),)
             if target.endswith(("linear_fc1.weight_w", "linear_fc1.weight_v")):  # gate and up stored apart
                 row = tensor.size[0] if target.endswith("_v") else 0
                 target = target[:-2]
-        if target not in sizes:
+        if target not in sizes or not tensor.size:
             raise CheckpointError(f"{folder}: {key} does not belong to the Llama that the manifest describes")
         for chunk in tensor.chunks:
             offset = (*prefix, chunk.offset[0] + row, *chunk.offset[1:])
