@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides
-from megatron_cpt.checkpoint.runs import Placed, StoredModel, check_cover
+from megatron_cpt.checkpoint.runs import Placed, StoredModel, check_runs
 from megatron_cpt.errors import CheckpointError
 
 
@@ -100,9 +100,9 @@ def check_layout(source: StoredModel, layout: NewLayout, dtypes: Mapping[str, to
                     f"{each.dtype}, expected one; state the dtype to convert to"
                 )
         for each in (source.tensors[name], placed, *layout.copies.get(name, ())):
-            check_cover(name, each)
+            check_runs(name, each)
     for name, placed in layout.padding.items():
-        check_cover(f"padding of {name}", placed)
+        check_runs(f"padding of {name}", placed)
     extents = tensor_extents([layout.tensors, layout.padding], layout.copies)
     if unknown := sorted(extents.keys() - {file.name for file in layout.files}):
         raise CheckpointError(f"{unknown[0]}: tensors would go to a file that is not made")

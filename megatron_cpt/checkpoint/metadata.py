@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.cover import check_cover
 from megatron_cpt.checkpoint.files import file_inside, read_whole
 from megatron_cpt.checkpoint.reader import num_bytes
 from megatron_cpt.checkpoint.stand_ins import StandIn
@@ -98,7 +99,7 @@ def read_index(folder: Path, wanted: Any) -> tuple[dict[str, StoredTensor], dict
         ) from None
     sizes: dict[str, int] = {}
     for key, tensor in tensors.items():
-        check_cover(key, tensor.size, [(chunk.offset, chunk.size) for chunk in tensor.chunks])
+        check_chunks(key, tensor.size, tensor.chunks)
         for chunk in tensor.chunks:
             if chunk.file not in sizes:
                 sizes[chunk.file] = file_inside(folder, chunk.file).stat().st_size
@@ -135,24 +136,9 @@ def write_index(folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapp
         os.fsync(file.fileno())
 
 
-def check_cover(key: str, size: Sequence[int], boxes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-    """Raise CheckpointError unless the boxes (offset, size) cover a tensor of `size` exactly once."""
-    volume = 0
-    active: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    for offset, extent in sorted(boxes):
-        stop = tuple(first + count for first, count in zip(offset, extent, strict=True))
-        if len(offset) != len(size) or any(end > limit for end, limit in zip(stop, size, strict=True)):
-            raise CheckpointError(f"{key}: a chunk at {offset} of {extent} lies outside the tensor's {tuple(size)}")
-        active = [other for other in active if other[1][0] > offset[0]]
-        for first, last in active:
-            if all(a < d and c < b for a, b, c, d in zip(offset, stop, first, last, strict=True)):
-                raise CheckpointError(f"{key}: the chunks at {first} and {offset} overlap; the checkpoint is damaged")
-        active.append((offset, stop))
-        volume += num_bytes(extent, torch.uint8)
-    if volume != num_bytes(tuple(size), torch.uint8):
-        raise CheckpointError(
-            f"{key}: the chunks hold {volume} elements of {tuple(size)}; a part of the checkpoint is missing"
-        )
+def check_chunks(key: str, size: Sequence[int], chunks: Sequence[Chunk]) -> None:
+    """Raise CheckpointError unless the chunks hold every element of a tensor of `size` exactly once."""
+    check_cover(key, size, [(chunk.offset, chunk.size) for chunk in chunks], [chunk.file for chunk in chunks])
 
 
 def _parse(root: Any, wanted: Any) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, LAYERS, STORED_EMBEDDING, STORED_HEAD, hf_shapes, placements
 from megatron_cpt.checkpoint.optimizer_state import LEAVE_BEHIND
-from megatron_cpt.checkpoint.runs import WEIGHTS, Box, Placed, Rows, check_cover, place
+from megatron_cpt.checkpoint.runs import WEIGHTS, Box, Placed, Rows, check_runs, place
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
@@ -192,7 +192,7 @@ class Named:
                 )
             rows = [Rows(row, stored, count) for row, stored, count in at.runs]
             self.tensors[full] = place(shapes[name], dtypes[key], rows, boxes.parts[key])
-            check_cover(full, self.tensors[full])
+            check_runs(full, self.tensors[full])
             if copies := boxes.copies.get(key):
                 self.copies[full] = tuple(place(shapes[name], dtypes[key], rows, copy) for copy in copies)
             if name in (EMBEDDING, HEAD) and padded > vocab_size:

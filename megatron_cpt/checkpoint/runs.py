@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpt.checkpoint.archive_pickle import Array
+from megatron_cpt.checkpoint.cover import check_cover
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.llama import hf_shapes
 from megatron_cpt.checkpoint.optimizer_state import LEAVE_BEHIND, OptimizerFacts
@@ -109,24 +110,10 @@ def place(shape: tuple[int, ...], dtype: torch.dtype, rows: Iterable[Rows], boxe
     return Placed(shape, dtype, tuple(sorted(runs, key=lambda run: (run.row, run.column))))
 
 
-def check_cover(name: str, placed: Placed) -> None:
-    """Raise CheckpointError unless the runs cover the tensor exactly once."""
-    rows, columns = placed.shape[0] if placed.shape else 1, placed.columns
-    area = 0
-    active: list[Run] = []
-    for run in placed.runs:  # by row and column
-        if run.row + run.rows > rows or run.column + run.columns > columns or min(run.row, run.column) < 0:
-            raise CheckpointError(f"{name}: rows {run.row} to {run.row + run.rows} of {run.file} lie outside of it")
-        active = [other for other in active if other.row + other.rows > run.row]
-        for other in active:
-            if other.column < run.column + run.columns and run.column < other.column + other.columns:
-                raise CheckpointError(f"{name}: its row {run.row} is stored twice, in {other.file} and {run.file}")
-        active.append(run)
-        area += run.rows * run.columns
-    if area != rows * columns:
-        raise CheckpointError(
-            f"{name}: {area} of its {rows * columns} elements are stored; a part of the checkpoint is missing"
-        )
+def check_runs(name: str, placed: Placed) -> None:
+    """Raise CheckpointError unless the runs hold every element of the tensor exactly once."""
+    boxes = [((run.row, run.column), (run.rows, run.columns)) for run in placed.runs]
+    check_cover(name, (*placed.shape, 1, 1)[:2], boxes, [run.file for run in placed.runs])
 
 
 @dataclass

@@ -34,7 +34,7 @@ from megatron_cpt.checkpoint.metadata import (
     Chunk,
     StoredObject,
     StoredTensor,
-    check_cover,
+    check_chunks,
     read_index,
     read_metadata,
     write_index,
@@ -300,7 +300,7 @@ def _stack_layers(
     for key, size in sizes.items():
         if not chunks[key]:
             raise CheckpointError(f"{folder}: {key} is missing; the checkpoint is incomplete or of another model")
-        check_cover(key, size, [(chunk.offset, chunk.size) for chunk in chunks[key]])
+        check_chunks(key, size, chunks[key])
     return {key: StoredTensor(dtypes[key], size, tuple(chunks[key])) for key, size in sizes.items()}
 
 
