@@ -117,9 +117,9 @@ class MpRankTables:
                 )
         if self.has_optimizer and with_optimizer:
             raise CheckpointError(
-                f"{self.iteration} holds the state of an optimizer, which does not say there which parameter it is of; "
-                "leave it behind with --no-optimizer (Megatron then loads with --no-load-optim or --finetune), or "
-                "extend a torch_dist checkpoint, whose state follows"
+                f"{self.iteration} holds the state of an optimizer, in which rows have no place of their own; convert it "
+                "with `checkpoint convert` to torch_dist, whose state follows, or leave the state behind with "
+                "--no-optimizer (Megatron then loads with --no-load-optim or --finetune)"
             )
 
     def _is_tied(self) -> bool:

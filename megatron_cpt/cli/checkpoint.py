@@ -15,11 +15,18 @@ from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
 app = typer.Typer(help="Convert, verify and show checkpoints.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a checkpoint of any format, or of a training run.")]
+_LAYOUT, _STATE, _TOLD = "Layout", "State of an optimizer", "What SRC does not say"
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="config.json of the model, where SRC does not say what it is.")
+    Path | None,
+    typer.Option(
+        "--config", help="config.json of the model, where SRC does not say what it is.", rich_help_panel=_TOLD
+    ),
 ]
 VocabSizeOption = Annotated[
-    int | None, typer.Option(min=1, help="Size of the vocabulary, where SRC does not say what of it is padding.")
+    int | None,
+    typer.Option(
+        min=1, help="Size of the vocabulary, where SRC does not say what of it is padding.", rich_help_panel=_TOLD
+    ),
 ]
 
 
@@ -31,30 +38,50 @@ def convert(
         Literal["hf", "torch_dist", "mp_rank", "meta", "nxd"] | None,
         typer.Option(help="Format to write; default: hf, or torch_dist where SRC is hf."),
     ] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size of a format cut by rank.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size, likewise.")] = 1,
-    vpp: Annotated[int, typer.Option(min=1, help="Model chunks of each pipeline rank, likewise.")] = 1,
+    tp: Annotated[
+        int, typer.Option(min=1, help="Tensor-parallel size of a format cut by rank.", rich_help_panel=_LAYOUT)
+    ] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size, likewise.", rich_help_panel=_LAYOUT)] = 1,
+    vpp: Annotated[
+        int, typer.Option(min=1, help="Model chunks of each pipeline rank, likewise.", rich_help_panel=_LAYOUT)
+    ] = 1,
     spec: Annotated[
-        Literal["te", "local"], typer.Option(help="mp_rank: names of Transformer Engine's or of local modules.")
+        Literal["te", "local"],
+        typer.Option(help="mp_rank: names of Transformer Engine's or of local modules.", rich_help_panel=_LAYOUT),
     ] = "te",
     optimizer: Annotated[
-        bool, typer.Option("--optimizer/--no-optimizer", help="Megatron: the optimizer's state goes along, if any.")
+        bool,
+        typer.Option(
+            "--optimizer/--no-optimizer",
+            help="Megatron: the optimizer's state goes along, if any.",
+            rich_help_panel=_STATE,
+        ),
     ] = True,
     optimizer_form: Annotated[
-        Literal["distributed", "plain"], typer.Option(help="mp_rank: of --use-distributed-optimizer, or without it.")
+        Literal["distributed", "plain"],
+        typer.Option(help="mp_rank: of --use-distributed-optimizer, or without it.", rich_help_panel=_STATE),
     ] = "distributed",
     masters: Annotated[
-        bool, typer.Option("--masters", help="Write the optimizer's float32 masters as weights.")
+        bool,
+        typer.Option("--masters", help="Write the optimizer's float32 masters as weights.", rich_help_panel=_STATE),
     ] = False,
-    vocab_divisor: Annotated[int, typer.Option(min=1, help="Megatron: pad the vocabulary to a multiple.")] = 128,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; default: the source's own.")] = None,
+    vocab_divisor: Annotated[
+        int, typer.Option(min=1, help="Megatron: pad the vocabulary to a multiple.", rich_help_panel=_LAYOUT)
+    ] = 128,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder; default: the source's own.", rich_help_panel=_TOLD)
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast every tensor; default: as it is.")
     ] = None,
     config: ConfigOption = None,
     vocab_size: VocabSizeOption = None,
-    bos: Annotated[int | None, typer.Option(min=0, help="Id of the token that begins a text.")] = None,
-    eos: Annotated[int | None, typer.Option(min=0, help="Id of the token that ends a text.")] = None,
+    bos: Annotated[
+        int | None, typer.Option(min=0, help="Id of the token that begins a text.", rich_help_panel=_TOLD)
+    ] = None,
+    eos: Annotated[
+        int | None, typer.Option(min=0, help="Id of the token that ends a text.", rich_help_panel=_TOLD)
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors at once; default: the cores, up to 8.")] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
