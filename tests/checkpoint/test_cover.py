@@ -74,7 +74,7 @@ def test_every_answer_is_that_of_counting(shape: tuple[int, ...]) -> None:
         ((4, 1), [((0,), (4,)), ((0, 0), (4, 1))], "lies outside"),
         ((), [((), ()), ((), ())], r"element \(\) is stored 2 times: parts of it overlap, in file 0 and file 1"),
         ((2**70, 2**70), [((0, 0), (2**70, 2**70)), ((1, 2**69), (1, 1))], f"element \\(1, {2**69}\\) is stored 2"),
-        ((1,) * 60, [((0,) * 60, (1,) * 60)] * 2, "got 60 dimensions, a Llama has at most 4"),
+        ((1,) * 60, [((0,) * 60, (1,) * 60)] * 2, "got 60 dimensions, expected at most 4"),
         ((3,), [], "0 of its 3 elements"),
     ],
 )
