@@ -16,8 +16,8 @@ from megatron_cpt import __version__
 from megatron_cpt.checkpoint.carried_state import carried_state, masters_as_weights, wants_state
 from megatron_cpt.checkpoint.described import Hints, megatron_flags
 from megatron_cpt.checkpoint.execute import Journal, execute, num_workers, peak_bytes
-from megatron_cpt.checkpoint.files import require_space
-from megatron_cpt.checkpoint.hf_config import CONFIG, hf_config
+from megatron_cpt.checkpoint.files import file_inside, require_space
+from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, hf_config
 from megatron_cpt.checkpoint.huggingface import lay_out_hf
 from megatron_cpt.checkpoint.layout import NewLayout, Target, check_layout
 from megatron_cpt.checkpoint.manifest import write_checkpoint_manifest
@@ -190,7 +190,8 @@ def _plan(
             source.llama, source.vocab_size, facts["dtype"], facts["bos_token_id"], facts["eos_token_id"]
         )
         other = facts.get("huggingface", {})
-        config = {**other.get("config", {}), **config}
+        kept = {key: value for key, value in (other.get("config") or {}).items() if key not in DECIDED_FIELDS}
+        config = kept | config
         if target.format == "hf":
             layout = lay_out_hf(source, dtypes, config, other.get("generation_config"))
         else:
@@ -251,7 +252,7 @@ def _write_manifest(
     inputs = {}
     for name in (MANIFEST, CONFIG, PARAMS):
         if (source.folder / name).exists():
-            inputs[name] = sha256_file(source.folder / name)
+            inputs[name] = sha256_file(file_inside(source.folder, name))
             break
     if facts["cast"] is None:
         inputs["weights"] = facts["weights_sha256"]

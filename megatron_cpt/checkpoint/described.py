@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from megatron_cpt.checkpoint.files import brief
 from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
-from megatron_cpt.checkpoint.llama import check_supported
+from megatron_cpt.checkpoint.llama import MAX_SIZE, check_supported
 from megatron_cpt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_cpt.config.manifest import MANIFEST, read_json
 from megatron_cpt.config.schema import LlamaShape, RopeScaling
@@ -97,7 +98,12 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
     if (folder / MANIFEST).exists():
         manifest = read_checkpoint_manifest(folder)
         return Described(check_supported(manifest["shape"], str(folder)), manifest["vocab_size"], manifest)
-    stated = {} if not args or not args.get("iteration") else {"step": int(args["iteration"])}
+    step = (args or {}).get("iteration") or 0
+    if type(step) is not int or not 0 <= step <= MAX_SIZE:
+        raise CheckpointError(
+            f"{folder}: got Megatron's argument iteration={brief(step)}, expected an integer of 0 to {MAX_SIZE}"
+        )
+    stated = {"step": step} if step else {}
     vocab_size = hints.vocab_size
     if hints.config is not None:
         path = hints.config / CONFIG if hints.config.is_dir() else hints.config
@@ -113,8 +119,8 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
         )
     if type(vocab_size) is not int or not 0 < vocab_size <= stored_rows:
         raise CheckpointError(
-            f"{folder} stores {stored_rows} rows of vocabulary and says {vocab_size!r} of how many an id can reach; "
-            "give the number with --vocab-size, or the tokenizer with --tokenizer"
+            f"{folder} stores {stored_rows} rows of vocabulary and says {brief(vocab_size)} of how many an id can reach"
+            "; give the number with --vocab-size, or the tokenizer with --tokenizer"
         )
     return Described(llama, vocab_size, stated)
 
@@ -127,7 +133,7 @@ def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:
             got = "rope"
         if got not in allowed:
             raise CheckpointError(
-                f"{where}: got Megatron's argument {name}={got!r}, expected a Llama's ({allowed[-1]!r})"
+                f"{where}: got Megatron's argument {name}={brief(got)}, expected a Llama's ({allowed[-1]!r})"
             )
     try:
         heads = args["num_attention_heads"]
@@ -153,7 +159,7 @@ def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:
         )
     except KeyError as caught:
         raise CheckpointError(f"{where}: Megatron's argument {caught.args[0]} is missing; give --config") from None
-    except (ValidationError, TypeError, ValueError, ZeroDivisionError) as caught:
+    except (ValidationError, TypeError, ValueError, ArithmeticError) as caught:
         reason = caught.errors()[0]["msg"] if isinstance(caught, ValidationError) else str(caught)
         raise CheckpointError(
             f"{where}: Megatron's arguments hold an impossible size ({reason}); give --config"

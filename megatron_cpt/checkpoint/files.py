@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from megatron_cpt.checkpoint.reader import num_bytes, raw_bytes
 from megatron_cpt.errors import CheckpointError
 
 PARTIAL = ".partial"
+MAX_JSON_BYTES = 64 << 20  # the largest tokenizer.json has about 30 MiB
 OWN_PAGES_BYTES = 1 << 20
 
 
@@ -43,6 +45,32 @@ def file_inside(folder: Path, name: str) -> Path:
             "replace the link by the file"
         )
     return path
+
+
+def not_linked(folder: Path) -> Path:
+    """A folder inside a checkpoint's; raises CheckpointError where it is a link to another place."""
+    if folder.is_symlink():
+        raise CheckpointError(
+            f"{folder} is a link; a checkpoint may only use files of its own folder, replace the link by the folder"
+        )
+    return folder
+
+
+def json_inside(folder: Path, name: str) -> Path:
+    """As `file_inside`, for a file of settings: it has no more bytes than such a file may have."""
+    path = file_inside(folder, name)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}; it is another kind of file"
+        )
+    return path
+
+
+def brief(value: Any) -> str:
+    """How a message names a value of a checkpoint: a text or number as it is written, at most 60 signs of it."""
+    told = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    return told if len(told) <= 60 else f"{told[:57]}..."
 
 
 def read_whole(folder: Path, name: str, limit: int) -> bytes:

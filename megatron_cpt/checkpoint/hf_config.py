@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_cpt.checkpoint.llama import check_supported
+from megatron_cpt.checkpoint.files import brief
+from megatron_cpt.checkpoint.llama import MAX_SIZE, check_supported
 from megatron_cpt.config.schema import LlamaShape, RopeScaling
 from megatron_cpt.errors import CheckpointError
 
@@ -18,7 +19,7 @@ def parse_hf_config(config: Any, where: str) -> tuple[LlamaShape, int]:
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         got = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
-            f"{where}: got model_type {got!r}, expected 'llama'; other architectures are not supported"
+            f"{where}: got model_type {brief(got)}, expected 'llama'; other architectures are not supported"
         )
     _refuse_variants(config, where)
     try:
@@ -42,11 +43,11 @@ def parse_hf_config(config: Any, where: str) -> tuple[LlamaShape, int]:
         raise CheckpointError(
             f"{where}: {caught.args[0]} is missing; the file is not a complete Llama config"
         ) from None
-    except (ValidationError, TypeError, ZeroDivisionError) as caught:
+    except (ValidationError, TypeError, ArithmeticError) as caught:
         reason = caught.errors()[0]["msg"] if isinstance(caught, ValidationError) else str(caught)
         raise CheckpointError(f"{where}: a size is not what a Llama's config holds ({reason})") from None
-    if type(vocab_size) is not int or vocab_size < 1:
-        raise CheckpointError(f"{where}: got vocab_size {vocab_size!r}, expected a positive integer")
+    if type(vocab_size) is not int or not 0 < vocab_size <= MAX_SIZE:
+        raise CheckpointError(f"{where}: got vocab_size {brief(vocab_size)}, expected a positive integer up to {MAX_SIZE}")
     return check_supported(shape, where), vocab_size
 
 
@@ -131,7 +132,9 @@ def _refuse_variants(config: dict[str, Any], where: str) -> None:
     }
     for field, allowed in plain.items():
         if config.get(field) not in allowed:
-            raise CheckpointError(f"{where}: got {field} {config[field]!r}, expected a plain Llama ({allowed[-1]!r})")
+            raise CheckpointError(
+                f"{where}: got {field} {brief(config[field])}, expected a plain Llama ({allowed[-1]!r})"
+            )
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
@@ -154,12 +157,14 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
 def _scaling(form: dict[str, Any], where: str) -> RopeScaling | None:
     kind = form.get("rope_type", form.get("type"))
     if form.get("partial_rotary_factor") not in (None, 1.0):
-        raise CheckpointError(f"{where}: got partial_rotary_factor {form['partial_rotary_factor']!r}, expected 1.0")
+        raise CheckpointError(
+            f"{where}: got partial_rotary_factor {brief(form['partial_rotary_factor'])}, expected 1.0"
+        )
     if kind == "default":
         return None
     if kind != "llama3":
         raise CheckpointError(
-            f"{where}: got rope type {kind!r}, expected 'default' or 'llama3'; others are not supported"
+            f"{where}: got rope type {brief(kind)}, expected 'default' or 'llama3'; others are not supported"
         )
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return RopeScaling(**{name: form[name] for name in names})

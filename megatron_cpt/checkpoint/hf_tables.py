@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_cpt.checkpoint.files import read_tensor, require_space
+from megatron_cpt.checkpoint.files import json_inside, read_tensor, require_space
 from megatron_cpt.checkpoint.hf_writer import Entry, write_shard
 from megatron_cpt.checkpoint.huggingface import INDEX, WEIGHTS, Stored, open_hf, stored_files
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD
@@ -68,7 +68,7 @@ class HFTables:
                 if on_progress is not None:
                     on_progress(done, total)
         if INDEX in (path.name for path in reader.folder.iterdir()):
-            index = read_json(reader.folder / INDEX, CheckpointError)
+            index = read_json(json_inside(reader.folder, INDEX), CheckpointError)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
             index["metadata"].pop("total_parameters", None)
             write_json_atomic(folder / INDEX, index)

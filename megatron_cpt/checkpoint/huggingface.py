@@ -17,14 +17,15 @@ import torch
 
 from megatron_cpt.checkpoint.archive import read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides
-from megatron_cpt.checkpoint.files import file_inside
+from megatron_cpt.checkpoint.files import brief, file_inside, json_inside
 from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, parse_hf_config
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes
-from megatron_cpt.checkpoint.manifest import KIND
+from megatron_cpt.checkpoint.manifest import own_manifest
 from megatron_cpt.checkpoint.reader import num_bytes
 from megatron_cpt.checkpoint.runs import Placed, Run, StoredModel, same_rows
-from megatron_cpt.config.manifest import MANIFEST, read_json, write_json_atomic
+from megatron_cpt.checkpoint.unpickler import MAX_DIMENSIONS, numbers
+from megatron_cpt.config.manifest import read_json, write_json_atomic
 from megatron_cpt.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -57,7 +58,7 @@ def open_hf(folder: str | Path) -> StoredModel:
             the config one by one.
     """
     folder = Path(folder)
-    config: dict[str, Any] = read_json(file_inside(folder, CONFIG), CheckpointError)
+    config: dict[str, Any] = read_json(json_inside(folder, CONFIG), CheckpointError)
     llama, vocab_size = parse_hf_config(config, str(folder / CONFIG))
     held = {name: stored for file in stored_files(folder).values() for name, stored in file.items()}
     # A constant that old exports carry, and a tied model's head, which may stand there a second time.
@@ -82,8 +83,7 @@ def open_hf(folder: str | Path) -> StoredModel:
             f"{folder}: config.json ties the embeddings, yet {HEAD} differs from {EMBEDDING}; "
             "set tie_word_embeddings to false if the model has its own head"
         )
-    found = read_json(folder / MANIFEST, CheckpointError) if (folder / MANIFEST).exists() else {}
-    stated = found if isinstance(found, dict) and found.get("kind") == KIND else {}  # it may be another tool's
+    stated = own_manifest(folder)
     stated |= {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
     stated["huggingface"] = _other_settings(folder, config)
     return StoredModel(folder, "hf", llama, vocab_size, vocab_size, tensors, stated=stated)
@@ -92,7 +92,7 @@ def open_hf(folder: str | Path) -> StoredModel:
 def _other_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json and generation_config.json say beside the architecture, to be said again by an export."""
     path = folder / GENERATION
-    generation = read_json(file_inside(folder, GENERATION), CheckpointError) if path.exists() else None
+    generation = read_json(json_inside(folder, GENERATION), CheckpointError) if path.exists() else None
     other = {key: value for key, value in config.items() if key not in DECIDED_FIELDS}
     return {"config": other, "generation_config": generation if isinstance(generation, dict) else None}
 
@@ -198,7 +198,7 @@ def stored_files(folder: Path) -> dict[str, dict[str, Stored]]:
     weights, index, read = _kind_of_weights(folder)
     weight_map = None
     if (folder / index).exists():
-        stated = read_json(file_inside(folder, index), CheckpointError)
+        stated = read_json(json_inside(folder, index), CheckpointError)
         weight_map = stated.get("weight_map") if isinstance(stated, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{folder / index}: expected an object weight_map of tensor names to file names")
@@ -289,9 +289,9 @@ def _parse_entry(entry: dict[str, Any], data_start: int, path: Path) -> Stored:
     shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
     begin, end = offsets
     if kind not in DTYPES:
-        raise ValueError(f"dtype {kind!r}, expected one of {', '.join(DTYPES)}")
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError("sizes and offsets must be integers of 0 or more")
-    if end - begin != num_bytes(tuple(shape), DTYPES[kind]):
+        raise ValueError(f"dtype {brief(kind)}, expected one of {', '.join(DTYPES)}")
+    shape = numbers(tuple(shape), "a shape", MAX_DIMENSIONS)
+    begin, end = numbers((begin, end), "a place")
+    if end - begin != num_bytes(shape, DTYPES[kind]):
         raise ValueError(f"{end - begin} bytes for shape {shape} in {kind}")
-    return Stored(path, data_start + begin, tuple(shape), DTYPES[kind])
+    return Stored(path, data_start + begin, shape, DTYPES[kind])

@@ -20,6 +20,7 @@ FINAL_NORM = "model.norm.weight"
 STORED_EMBEDDING = "embedding.word_embeddings.weight"
 STORED_HEAD = "output_layer.weight"
 LAYERS = "decoder.layers."
+MAX_SIZE = 2**31 - 1  # of any dimension of a Llama
 
 # Modules whose (empty) Transformer Engine state megatron-core asks for when it loads.
 EXTRA_STATE_MODULES = (
@@ -29,6 +30,15 @@ EXTRA_STATE_MODULES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+
+
+# What is taken for a Llama: others would only be a description that keeps the reader busy.
+_LIMITS = {
+    "num_layers": 10_000,
+    **dict.fromkeys(("num_attention_heads", "num_query_groups"), 10_000),
+    **dict.fromkeys(("hidden_size", "ffn_hidden_size", "head_dim", "max_position_embeddings"), MAX_SIZE),
+    **dict.fromkeys(("norm_epsilon", "rope_theta"), 1e30),
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,10 @@ def placements(shape: LlamaShape, vocab_size: int) -> dict[str, Placement]:
 
 
 def check_supported(shape: LlamaShape, where: str) -> LlamaShape:
-    """Return the shape; raises CheckpointError where megatron-core could not compute the same model."""
+    """Return the shape; raises CheckpointError where megatron-core could not compute the same model, or no machine."""
+    for name, limit in _LIMITS.items():
+        if not getattr(shape, name) <= limit:  # also not a number
+            raise CheckpointError(f"{where}: got {name} {getattr(shape, name)}, expected at most {limit:g}")
     if shape.num_attention_heads % shape.num_query_groups:
         raise CheckpointError(
             f"{where}: got {shape.num_attention_heads} attention heads over {shape.num_query_groups} key-value heads, "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.files import file_inside
+from megatron_cpt.checkpoint.files import json_inside
 from megatron_cpt.config.manifest import read_json
 from megatron_cpt.config.schema import LlamaShape, RopeScaling
 from megatron_cpt.errors import CheckpointError
@@ -44,7 +44,7 @@ def read_params(folder: Path) -> Params:
         CheckpointError: it is missing or broken, or has a field of another architecture.
     """
     path = folder / PARAMS
-    said = read_json(file_inside(folder, PARAMS), CheckpointError)
+    said = read_json(json_inside(folder, PARAMS), CheckpointError)
     said = said.get("model", said) if isinstance(said, dict) else said
     if not isinstance(said, dict):
         raise CheckpointError(f"{path} holds {type(said).__name__}, expected an object")

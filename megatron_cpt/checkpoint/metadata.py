@@ -19,12 +19,11 @@ from megatron_cpt.checkpoint.cover import check_cover
 from megatron_cpt.checkpoint.files import file_inside, read_whole
 from megatron_cpt.checkpoint.reader import num_bytes
 from megatron_cpt.checkpoint.stand_ins import StandIn
-from megatron_cpt.checkpoint.unpickler import DTYPES, SIZE, Unpickler, numbers
+from megatron_cpt.checkpoint.unpickler import DTYPES, MAX_DIMENSIONS, SIZE, Unpickler, numbers
 from megatron_cpt.errors import CheckpointError
 
 METADATA = ".metadata"
 MAX_INDEX_BYTES = 256 << 20  # of a million chunks
-MAX_DIMENSIONS = 8
 _RECORD_MODULES = tuple(f"torch.distributed.checkpoint.{part}" for part in ("metadata", "filesystem", "planner"))
 _NAMES = {
     SIZE.stands_for,

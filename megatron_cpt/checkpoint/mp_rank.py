@@ -21,7 +21,7 @@ import torch
 from megatron_cpt.checkpoint.archive import read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array
 from megatron_cpt.checkpoint.described import Hints, args_of_llama, describe
-from megatron_cpt.checkpoint.files import file_inside
+from megatron_cpt.checkpoint.files import brief, file_inside
 from megatron_cpt.checkpoint.huggingface import Stored, dense
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout, Target
 from megatron_cpt.checkpoint.llama import (
@@ -53,7 +53,7 @@ from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
 _LAYER = re.compile(re.escape(LAYERS) + r"(0|[1-9]\d{0,5})\.(.+)")
-_MODEL = re.compile(r"model(\d{0,3})")
+_MODEL = re.compile(r"model\d{0,3}")
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,18 @@ def open_mp_rank(folder: str | Path, hints: Hints | None = None, with_optimizer:
     tp, pp = 1 + max(rank.tensor for rank in ranks), 1 + max(rank.stage for rank in ranks)
     held = {rank: _read_rank(iteration / rank.name) for rank in ranks}
     first_args = next((value["args"] for value in held.values() if isinstance(value.get("args"), Namespace)), None)
-    chunks = {(rank, number): model for rank, value in held.items() for number, model in _chunks(value)}
-    if any("language_model" in value.get(name, {}) for value in held.values() for name in ("model", "model0")):
+    chunks = {
+        (rank, number): model
+        for rank, value in held.items()
+        for number, model in _chunks(value, str(iteration / rank.name / RANK_FILE)).items()
+    }
+    if any("language_model" in model for model in chunks.values()):
         raise CheckpointError(
             f"{iteration} is from before megatron-core (language_model...); bring it into megatron-core's form with "
             "Megatron-LM's tools/checkpoint first"
         )
-    rows = next((a.shape[0] for m in chunks.values() if isinstance(a := m.get(STORED_EMBEDDING), Array)), 0) * tp
+    tables = [model[STORED_EMBEDDING] for model in chunks.values() if STORED_EMBEDDING in model]
+    rows = tables[0].shape[0] * tp if tables and isinstance(tables[0], Array) and tables[0].shape else 0
     if not rows:
         raise CheckpointError(f"{iteration} holds no {STORED_EMBEDDING}; expected a GPT model of megatron-core")
     described = describe(root, None if first_args is None else vars(first_args), rows, hints)
@@ -159,22 +164,29 @@ def _add(
 
 def _read_rank(folder: Path) -> dict[str, Any]:
     value = read_archive(file_inside(folder, RANK_FILE))
-    if isinstance(value, dict) and (value.get("checkpoint_version") or 0) < 3:
-        raise CheckpointError(
-            f"{folder / RANK_FILE} has version {value.get('checkpoint_version')!r}, expected 3.0: before, q, k "
-            "and v lay in another order; load and save it with Megatron-LM first"
-        )
     if not isinstance(value, dict):
         raise CheckpointError(f"{folder / RANK_FILE} holds {type(value).__name__}, expected a checkpoint's dict")
+    version = value.get("checkpoint_version")
+    if not isinstance(version, (int, float)) or not version >= 3:
+        raise CheckpointError(
+            f"{folder / RANK_FILE} has version {brief(version)}, expected 3.0: before, q, k and v lay in another "
+            "order; load and save it with Megatron-LM first"
+        )
     return value
 
 
-def _chunks(value: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _chunks(value: Mapping[str, Any], where: str) -> dict[int, Mapping[str, Any]]:
     """Model chunks of a rank, by number."""
-    for name, model in value.items():
-        match = _MODEL.fullmatch(name) if isinstance(name, str) else None
-        if match and isinstance(model, Mapping):
-            yield int(match[1] or 0), model
+    names = [name for name in value if isinstance(name, str) and _MODEL.fullmatch(name)]
+    found = {int(name.removeprefix("model") or 0): value[name] for name in names}
+    if len(found) != len(names) or sorted(found) != list(range(len(found))):
+        raise CheckpointError(
+            f"{where} holds {', '.join(sorted(names)[:4])}; expected `model`, or `model0`, `model1` and on, no gap"
+        )
+    for model in found.values():
+        if not isinstance(model, Mapping) or not all(isinstance(name, str) for name in model):
+            raise CheckpointError(f"{where}: a model is {type(model).__name__}, expected a dict of tensors by name")
+    return found
 
 
 def _find(

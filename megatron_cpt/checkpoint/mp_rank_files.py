@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_cpt.checkpoint.files import not_linked, read_whole
 from megatron_cpt.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -36,10 +37,10 @@ def is_mp_rank(folder: Path) -> bool:
 def iteration_folder(folder: Path) -> Path:
     """The folder of the iteration that the tracker names, or `folder` itself where it is one."""
     if (folder / TRACKER).is_file():
-        tracked = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        tracked = read_whole(folder, TRACKER, 1 << 10).decode("utf-8", errors="replace").strip()
         if tracked != "release" and not re.fullmatch(r"\d{1,12}", tracked):
             raise CheckpointError(f"{folder / TRACKER} says {tracked[:40]!r}, expected 'release' or a number")
-        return folder / (tracked if tracked == "release" else f"iter_{int(tracked):07d}")
+        return not_linked(folder / (tracked if tracked == "release" else f"iter_{int(tracked):07d}"))
     if _ITERATION.fullmatch(folder.name):
         return folder
     raise CheckpointError(f"{folder} lacks {TRACKER}; give the folder that Megatron was told to load from")
@@ -67,9 +68,6 @@ def find_ranks(iteration: Path) -> list[Rank]:
             f"{iteration} holds {', '.join(paths[:4]) or 'no rank'}; expected mp_rank_TT or mp_rank_TT_PPP for every "
             "tensor and pipeline rank, and no expert ranks: give the whole checkpoint"
         )
-    if links := [name for name in paths if (iteration / name).is_symlink()]:
-        raise CheckpointError(
-            f"{iteration / links[0]} is a link; a checkpoint may only use files of its own folder, replace the link by "
-            "the folder"
-        )
+    for name in paths:
+        not_linked(iteration / name)
     return ranks

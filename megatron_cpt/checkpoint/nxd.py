@@ -17,12 +17,12 @@ import torch
 
 from megatron_cpt.checkpoint.archive import Array, lay_out_archive, read_archive
 from megatron_cpt.checkpoint.described import Hints
-from megatron_cpt.checkpoint.files import file_inside
+from megatron_cpt.checkpoint.files import brief, file_inside, json_inside, not_linked
 from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, parse_hf_config
 from megatron_cpt.checkpoint.huggingface import BIN_INDEX, BIN_WEIGHTS, INDEX, WEIGHTS, dense
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout, Target, hole
 from megatron_cpt.checkpoint.llama import EMBEDDING
-from megatron_cpt.checkpoint.manifest import KIND
+from megatron_cpt.checkpoint.manifest import own_manifest
 from megatron_cpt.checkpoint.nxd_names import (
     FORMS,
     HEAD,
@@ -39,7 +39,7 @@ from megatron_cpt.checkpoint.nxd_names import (
 )
 from megatron_cpt.checkpoint.runs import StoredModel, same_rows
 from megatron_cpt.checkpoint.stand_ins import Named, StandIn
-from megatron_cpt.config.manifest import MANIFEST, read_json, write_json_atomic
+from megatron_cpt.config.manifest import read_json, write_json_atomic
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
@@ -89,8 +89,7 @@ def open_nxd(folder: str | Path, hints: Hints | None = None) -> StoredModel:
         name: place_version(name, (table_rows * tp - vocab_size, llama.hidden_size), pieces, held)
         for name, pieces in padding_pieces(llama, vocab_size, table_rows, cut).items()
     }
-    manifest = read_json(root / MANIFEST, CheckpointError) if (root / MANIFEST).exists() else {}
-    stated = manifest if isinstance(manifest, dict) and manifest.get("kind") == KIND else {}
+    stated = own_manifest(root)
     stated |= {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
     other = {key: value for key, value in config.items() if key not in DECIDED_FIELDS}
     stated.setdefault("huggingface", {"config": other, "generation_config": None})
@@ -106,13 +105,16 @@ def _find(folder: Path) -> tuple[Path, str] | None:
         whole = folder.absolute()
         return (whole.parent, MODEL) if whole.name == MODEL else (folder, "")
     if _holds_ranks(folder / MODEL):
+        not_linked(folder / MODEL)
         return folder, MODEL
     if any((folder / name).exists() for name in (WEIGHTS, INDEX, BIN_WEIGHTS, BIN_INDEX)):
         return None  # a model that tags were put beside
     done = [path for path in folder.glob(f"*/{DONE}") if _holds_ranks(path.parent / MODEL)]
     if not done:
         return None
-    return max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent, MODEL
+    newest = max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
+    not_linked(not_linked(newest) / MODEL)
+    return newest, MODEL
 
 
 def _holds_ranks(folder: Path) -> bool:
@@ -126,7 +128,7 @@ def _config(root: Path, given: Path | None) -> tuple[dict[str, Any], str]:
         return read_json(path, CheckpointError), str(path)
     for folder in (root, root.absolute().parent):
         if (folder / CONFIG).exists():
-            return read_json(file_inside(folder, CONFIG), CheckpointError), str(folder / CONFIG)
+            return read_json(json_inside(folder, CONFIG), CheckpointError), str(folder / CONFIG)
     raise CheckpointError(
         f"{root}: there is no {CONFIG} in it or above it, and these files do not say what the model is; give that of "
         "the model with --config"
@@ -202,10 +204,9 @@ def _referenced(path: Path, reference: StandIn, where: str) -> Path:
     state = reference.states[0] if reference.states else None
     number = state.get("tid") if isinstance(state, dict) else None
     if type(number) is not int or number < 0:
-        raise CheckpointError(f"{where} refers to the tensor {number!r}, expected a number; save the model again")
+        raise CheckpointError(f"{where} refers to the tensor {brief(number)}, expected a number; save the model again")
     folder, file = path.with_name(path.name + ".tensors"), f"tensor_{number}.pt"
-    if folder.is_symlink():
-        raise CheckpointError(f"{folder} is a link; replace it by the folder")
+    not_linked(folder)
     if not (folder / file).exists():
         raise CheckpointError(
             f"{where} lies in {folder.name}/{file}, which is missing; copy the checkpoint again, or, where it was "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_cpt.checkpoint.described import Hints
-from megatron_cpt.checkpoint.files import file_inside
+from megatron_cpt.checkpoint.files import json_inside
 from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
 from megatron_cpt.checkpoint.hf_tables import HFTables
 from megatron_cpt.checkpoint.huggingface import open_hf
@@ -23,7 +25,7 @@ from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.checkpoint.torch_dist_tables import TorchDistTables
 from megatron_cpt.config.manifest import MANIFEST, read_json
 from megatron_cpt.config.schema import LlamaShape
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, CptError
 
 
 def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hints | None = None) -> StoredModel:
@@ -37,7 +39,11 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
     Raises:
         CheckpointError: it is none, damaged, unsafe, or not of a plain Llama.
     """
-    folder = _newest(Path(folder))
+    with _told(folder):
+        return _open(_newest(Path(folder)), with_optimizer, hints)
+
+
+def _open(folder: Path, with_optimizer: bool, hints: Hints | None) -> StoredModel:
     if (folder / METADATA).exists():
         return open_torch_dist(folder, with_optimizer, hints)
     if is_mp_rank(folder):
@@ -66,13 +72,36 @@ def read_shape(folder: str | Path) -> tuple[LlamaShape, int]:
         CheckpointError: the folder is none, or holds something that is not a plain Llama.
     """
     folder = Path(folder)
-    if (folder / CONFIG).exists():
-        return parse_hf_config(read_json(file_inside(folder, CONFIG), CheckpointError), str(folder / CONFIG))
-    if (folder / METADATA).exists() and (folder / MANIFEST).exists():
-        manifest = read_checkpoint_manifest(folder)
-        return check_supported(manifest["shape"], str(folder)), manifest["vocab_size"]
+    with _told(folder):
+        if (folder / CONFIG).exists():
+            return parse_hf_config(read_json(json_inside(folder, CONFIG), CheckpointError), str(folder / CONFIG))
+        if (folder / METADATA).exists() and (folder / MANIFEST).exists():
+            manifest = read_checkpoint_manifest(folder)
+            return check_supported(manifest["shape"], str(folder)), manifest["vocab_size"]
     model = open_checkpoint(folder)
     return model.llama, model.vocab_size
+
+
+@contextmanager
+def _told(folder: str | Path) -> Iterator[None]:
+    """One line of what is wrong with a checkpoint, whatever a reader meets in it; the cause stays with the error."""
+    try:
+        yield
+    except CptError as caught:
+        if (line := _one_line(str(caught), 2000)) != str(caught):
+            raise type(caught)(line) from caught
+        raise
+    except OSError:
+        raise
+    except Exception as caught:
+        raise CheckpointError(
+            f"{folder}: the checkpoint is damaged or unsafe ({_one_line(repr(caught), 300)}); copy or make it again"
+        ) from caught
+
+
+def _one_line(told: str, length: int) -> str:
+    """A text that a file may have had a part in, for a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in told[:length])
 
 
 def _newest(folder: Path) -> Path:
@@ -99,7 +128,11 @@ def open_tables(folder: str | Path, with_optimizer: bool = True) -> HFTables | T
     Raises:
         CheckpointError: it is none, damaged, or its optimizer's state cannot follow.
     """
-    folder = Path(folder)
+    with _told(folder):
+        return _tables(Path(folder), with_optimizer)
+
+
+def _tables(folder: Path, with_optimizer: bool) -> HFTables | TorchDistTables | MpRankTables:
     if (folder / METADATA).exists():
         return TorchDistTables(folder, with_optimizer)
     if (folder / CONFIG).exists():

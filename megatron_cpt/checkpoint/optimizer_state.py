@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_cpt.checkpoint.llama import STORED_EMBEDDING, STORED_HEAD
+from megatron_cpt.checkpoint.llama import MAX_SIZE, STORED_EMBEDDING, STORED_HEAD
 from megatron_cpt.errors import CheckpointError
 
 LEAVE_BEHIND = "leave it behind with --no-optimizer"
@@ -89,7 +89,7 @@ def facts_of(
     """
     groups = list(groups)
     found = set(map(float, steps))
-    if len(found) != 1 or min(found) < 0:
+    if len(found) != 1 or not 0 <= min(found) <= MAX_SIZE:
         told = ", ".join(f"{step:g}" for step in sorted(found)) or "nothing"
         raise CheckpointError(
             f"{where}: the optimizer says {told} of the number of its updates, expected one number; {LEAVE_BEHIND}"

@@ -122,7 +122,7 @@ class TorchDistState:
             return {}
         tp, pp = (self._args.get(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline"))
         ranks = {rank for rank, _ in buffers}
-        if type(tp) is not int or type(pp) is not int or ranks != set(range(tp * pp)):
+        if type(tp) is not int or type(pp) is not int or len(ranks) != tp * pp or ranks != set(range(tp * pp)):
             raise self._unknown(
                 f"it is of {len(ranks)} ranks, and Megatron's arguments say tensor_model_parallel_size={tp!r} and "
                 f"pipeline_model_parallel_size={pp!r}"

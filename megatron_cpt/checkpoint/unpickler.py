@@ -23,6 +23,7 @@ _UnpicklerBase: Any = pickle._Unpickler  # type: ignore[attr-defined]
 _NAMES = 10_000  # different names in a pickle; each takes about 1 KiB in memory
 _KEY_PARTS = 100  # elements of a tuple that is a key, with those of the tuples in it
 _DIMENSIONS, LIMIT = 64, 2**63
+MAX_DIMENSIONS = 8  # of a tensor that may be a Llama's
 # What a pickle may cost in memory, in bytes, beside texts and numbers: for each of its own bytes, and in any case.
 _COST_PER_BYTE, _COST_FREE = 40, 1 << 20  # those of Megatron cost up to 21
 _ELEMENT = 8

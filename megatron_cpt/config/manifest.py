@@ -112,6 +112,8 @@ def read_json(path: str | os.PathLike[str], error: type[InputError] = InputError
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as caught:
         raise error(f"cannot read {path}: {caught.strerror or caught}") from None
+    except RecursionError:
+        raise error(f"{path} is nested too deep for a file of settings; it is another kind of file") from None
     except ValueError as caught:
         raise error(f"{path} is not valid JSON ({caught}); it was cut short or is another kind of file") from None
 
