@@ -204,7 +204,8 @@ def trial(direction: Direction, parent: Path, whole: Whole, draw: random.Random,
     else:
         different = sorted(name for name in whole.content | found if found.get(name) != whole.content.get(name))
         tally.problems.append(f"{parent.name}: different in {', '.join(different)}")
-    if left := sorted(path.name for path in parent.iterdir() if path != result):
+    # The lock of a process that was killed after its result had taken its name holds nobody up.
+    if left := sorted(path.name for path in parent.iterdir() if path not in (result, parent / ".result.lock")):
         tally.problems.append(f"{parent.name}: left behind {', '.join(left)}")
     shutil.rmtree(parent)
 

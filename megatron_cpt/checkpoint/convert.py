@@ -32,7 +32,7 @@ from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.checkpoint.seal import seal_files
 from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, end_tokens, matching_tokenizer
 from megatron_cpt.checkpoint.torch_dist import lay_out_torch_dist
-from megatron_cpt.config.folders import check_apart, check_free, resumable_folder, staged_folder
+from megatron_cpt.config.folders import check_apart, check_free, resumable_folder, staged_folder, sync_folder
 from megatron_cpt.config.manifest import MANIFEST, sha256_file, sha256_json
 from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError
@@ -128,7 +128,6 @@ def convert(
             check_free(dst, CheckpointError)  # another process may have made it meanwhile
             journal = _begin(dst, sha256_json([__version__, *described]), plan.layout)
             _write(source, plan, dst, journal, workers, facts, on_progress)
-            journal.close(dst)
         finally:
             (dst.parent / f".{dst.name}.lock").unlink()
     facts.pop("huggingface", None)  # a copy of two files, for the manifest alone
@@ -155,6 +154,8 @@ def _write(
         if facts["to"] == "hf":
             (folder / "README.md").write_text(model_card(source, facts), encoding="utf-8")
         _write_manifest(folder, source, plan, facts, digests)
+        sync_folder(folder)
+        journal.close()
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,9 @@ class Journal:
         with self._lock, open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps([name, digest, error]) + "\n")
 
-    @staticmethod
-    def close(folder: Path) -> None:
-        """Remove it from the finished folder."""
-        (folder / JOURNAL).unlink()
+    def close(self) -> None:
+        """Remove it: the folder is finished."""
+        self._path.unlink()
 
 
 def execute(

@@ -47,7 +47,9 @@ def parse_hf_config(config: Any, where: str) -> tuple[LlamaShape, int]:
         reason = caught.errors()[0]["msg"] if isinstance(caught, ValidationError) else str(caught)
         raise CheckpointError(f"{where}: a size is not what a Llama's config holds ({reason})") from None
     if type(vocab_size) is not int or not 0 < vocab_size <= MAX_SIZE:
-        raise CheckpointError(f"{where}: got vocab_size {brief(vocab_size)}, expected a positive integer up to {MAX_SIZE}")
+        raise CheckpointError(
+            f"{where}: got vocab_size {brief(vocab_size)}, expected a positive integer up to {MAX_SIZE}"
+        )
     return check_supported(shape, where), vocab_size
 
 

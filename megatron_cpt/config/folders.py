@@ -61,7 +61,7 @@ def resumable_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
     """As `new_folder`, but what a killed or interrupted attempt has done is there for the next one.
 
     Only a failure that another attempt would meet again, one of this tool's own errors, removes it. The caller lets
-    no other process in. All that the folder holds is on disk before it takes its name.
+    no other process in, and has brought to disk what the folder holds (`sync_folder`).
     """
     check_free(folder, error)
     staged = staged_folder(folder)
@@ -71,13 +71,17 @@ def resumable_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
     except CptError:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    for path in sorted(staged.rglob("*"), reverse=True):  # what is in a folder before the folder
-        _sync(path)
-    _sync(staged)
     if folder.is_dir():
         folder.rmdir()
     os.replace(staged, folder)
     _sync(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder and all that is in it to disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:
