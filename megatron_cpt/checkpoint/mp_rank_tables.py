@@ -117,8 +117,8 @@ class MpRankTables:
                 )
         if self.has_optimizer and with_optimizer:
             raise CheckpointError(
-                f"{self.iteration} holds the state of an optimizer, in which rows have no place of their own; convert it "
-                "with `checkpoint convert` to torch_dist, whose state follows, or leave the state behind with "
+                f"{self.iteration} holds the state of an optimizer, in which rows have no place of their own; bring it "
+                "to torch_dist with `checkpoint convert`, whose state follows, or leave the state behind with "
                 "--no-optimizer (Megatron then loads with --no-load-optim or --finetune)"
             )
 
