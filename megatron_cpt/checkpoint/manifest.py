@@ -63,11 +63,18 @@ def carried_settings(folder: Path) -> dict[str, Any]:
 
 
 def own_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder, see `read_checkpoint_manifest`; empty where it has none, or another tool's."""
+    """The manifest of a folder that describes itself; empty where it has none, or another tool's.
+
+    Raises:
+        CheckpointError: a field is of another type than this tool writes; `shape` and sizes are not looked at.
+    """
     if not (folder / MANIFEST).exists():
         return {}
     found = read_json(json_inside(folder, MANIFEST), CheckpointError)
-    return read_checkpoint_manifest(folder) if isinstance(found, dict) and found.get("kind") == KIND else {}
+    if not isinstance(found, dict) or found.get("kind") != KIND:
+        return {}
+    _check_fields(folder / MANIFEST, found)
+    return found
 
 
 def read_checkpoint_manifest(folder: str | Path) -> dict[str, Any]:
@@ -98,13 +105,17 @@ def read_checkpoint_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path}: got vocab_size {brief(sizes[0])} and padded_vocab_size {brief(sizes[1])}, expected two integers "
             f"with 0 < vocab_size <= padded_vocab_size <= {MAX_SIZE}; make the checkpoint again"
         )
+    _check_fields(path, manifest)
+    return manifest
+
+
+def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
     for name, (is_right, expected) in _FIELDS.items():
         if manifest.get(name) is not None and not is_right(manifest[name]):
             raise CheckpointError(
                 f"{path}: got {name} {brief(manifest[name])}, expected {expected}; it was changed by hand or by "
                 "another tool, make the checkpoint again"
             )
-    return manifest
 
 
 def _is_size(value: Any) -> bool:

@@ -22,7 +22,7 @@ from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
 from megatron_cpt.checkpoint.huggingface import BIN_INDEX, BIN_WEIGHTS, INDEX, WEIGHTS, Stored, dense
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout, Target, hole
 from megatron_cpt.checkpoint.llama import EMBEDDING, FINAL_NORM, HEAD, check_supported, hf_shapes
-from megatron_cpt.checkpoint.manifest import own_manifest
+from megatron_cpt.checkpoint.manifest import own_manifest, read_checkpoint_manifest
 from megatron_cpt.checkpoint.meta_params import (
     PARAMS,
     Params,
@@ -93,7 +93,7 @@ def open_meta(folder: str | Path, hints: Hints | None = None) -> StoredModel:
         held = _parts(key, split, shape, files)
         offsets = [(file, stored.offset) for file, stored in zip(files, held, strict=True)]
         tensors[name], copies[name] = _placed(name, shape, held[0].dtype, split, model, offsets)
-    manifest = own_manifest(folder)
+    manifest = read_checkpoint_manifest(folder) if own_manifest(folder) else {}
     where, told = _told(folder, hints, manifest, vocab_size)
     tied = _is_tied(folder, tensors, told, where)
     if told is None:
