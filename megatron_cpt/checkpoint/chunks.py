@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_cpt.checkpoint.archive import read_archive
+from megatron_cpt.checkpoint.archive import ArchiveReader
 from megatron_cpt.checkpoint.files import file_inside, new_tensor, read_tensor
 from megatron_cpt.checkpoint.huggingface import dense
 from megatron_cpt.checkpoint.metadata import Chunk, StoredTensor
@@ -18,22 +18,32 @@ from megatron_cpt.errors import CheckpointError
 MAX_FILE_BYTES = 5_000_000_000
 
 
-def chunk_offset(folder: Path, chunk: Chunk, dtype: torch.dtype) -> int:
-    """Where in its file the data of a chunk begins; raises CheckpointError unless it is the tensor of the index."""
-    path = file_inside(folder, chunk.file)
-    where = f"{path}: the chunk at byte {chunk.start}"
-    stored = dense(read_archive(path, chunk.start, chunk.length), where, path)
-    # A layer that was saved on its own lacks the dimension along which layers are stacked.
-    if stored.dtype != dtype or chunk.size not in (stored.shape, (1, *stored.shape)):
-        raise CheckpointError(f"{where} is {stored.shape}, {stored.dtype}, the index says {chunk.size} {dtype}")
-    return stored.offset
+class ChunkFinder:
+    """Finds where in its file the data of a chunk begins; many chunks cost little more than two reads each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._archives = folder, ArchiveReader()
+        self._paths: dict[str, Path] = {}
+
+    def offset(self, chunk: Chunk, dtype: torch.dtype) -> int:
+        """First byte of the data; raises CheckpointError unless the chunk is the tensor of the index."""
+        path = self._paths.get(chunk.file)
+        if path is None:
+            path = self._paths[chunk.file] = file_inside(self._folder, chunk.file)
+        where = f"{path}: the chunk at byte {chunk.start}"
+        value = self._archives.read(path, chunk.start, chunk.length, (chunk.size, dtype))
+        stored = dense(value, where, path)
+        # A layer that was saved on its own lacks the dimension along which layers are stacked.
+        if stored.dtype != dtype or chunk.size not in (stored.shape, (1, *stored.shape)):
+            raise CheckpointError(f"{where} is {stored.shape}, {stored.dtype}, the index says {chunk.size} {dtype}")
+        return stored.offset
 
 
 class BoxReader:
     """Boxes of stored tensors, whatever chunks they lie in; the chunk read last is kept."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._finder = folder, ChunkFinder(folder)
         self._chunk: tuple[Chunk, Tensor] | None = None  # row blocks of one table share it
 
     def read(self, stored: StoredTensor, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
@@ -56,7 +66,7 @@ class BoxReader:
     def _load(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         if self._chunk is None or self._chunk[0] != chunk:
             self._chunk = None
-            offset = chunk_offset(self._folder, chunk, dtype)
+            offset = self._finder.offset(chunk, dtype)
             self._chunk = (chunk, read_tensor(self._folder / chunk.file, offset, chunk.size, dtype))
         return self._chunk[1]
 

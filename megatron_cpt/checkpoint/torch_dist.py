@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.archive import archive_bytes, lay_out_archive, read_archive
-from megatron_cpt.checkpoint.chunks import MAX_FILE_BYTES, chunk_offset
+from megatron_cpt.checkpoint.chunks import MAX_FILE_BYTES, ChunkFinder
 from megatron_cpt.checkpoint.described import Hints, args_of_llama, describe
 from megatron_cpt.checkpoint.files import file_inside
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout, hole
@@ -79,11 +79,11 @@ def open_torch_dist(folder: str | Path, with_optimizer: bool = False, hints: Hin
     weights = {key: tensor for key, tensor in index.items() if not _OF_OPTIMIZER.match(key)}
     if not weights:
         raise CheckpointError(f"{folder} holds no weights; it is incomplete or of another model")
-    named = Named()
+    named, finder = Named(), ChunkFinder(folder)
 
     def add(kind: str, found: Mapping[str, StoredTensor]) -> None:
         stacked = _stack_layers(folder, sizes, found)
-        boxes = _boxes(folder, stacked)
+        boxes = _boxes(finder, stacked)
         dtypes = {key: stacked[key[0]].dtype for key in boxes}
         named.add(kind, llama, (vocab_size, padded), RankBoxes(boxes), dtypes, str(folder))
 
@@ -142,12 +142,12 @@ def holds_optimizer(folder: str | Path) -> bool:
     return bool(read_metadata(Path(folder), lambda key: "optimizer." in key and ".exp_avg." in key))
 
 
-def _boxes(folder: Path, tensors: Mapping[str, StoredTensor]) -> Boxes:
+def _boxes(finder: ChunkFinder, tensors: Mapping[str, StoredTensor]) -> Boxes:
     """Where the matrices lie that chunks are made of: one for a layer, or for a tensor that has none."""
     boxes: Boxes = defaultdict(list)
     for key, tensor in tensors.items():
         for chunk in tensor.chunks:
-            offset = chunk_offset(folder, chunk, tensor.dtype)
+            offset = finder.offset(chunk, tensor.dtype)
             layered = key.startswith(LAYERS)
             first, *low = chunk.offset if layered else (0, *chunk.offset)
             count, *extent = chunk.size if layered else (1, *chunk.size)

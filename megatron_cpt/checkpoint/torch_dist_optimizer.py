@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.archive import read_archive
-from megatron_cpt.checkpoint.chunks import chunk_offset
+from megatron_cpt.checkpoint.chunks import ChunkFinder
 from megatron_cpt.checkpoint.files import file_inside
 from megatron_cpt.checkpoint.llama import LAYERS, STORED_HEAD, stored_shapes
 from megatron_cpt.checkpoint.metadata import StoredObject, StoredTensor
@@ -70,6 +70,7 @@ class TorchDistState:
         common: Mapping[str, Any],
     ) -> None:
         self._folder, self._objects, self._common = folder, objects, common
+        self._finder = ChunkFinder(folder)
         args = common.get("args")
         self._args: dict[str, Any] = {} if args is None else getattr(args, "__dict__", {})
         self.named: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
@@ -163,7 +164,7 @@ class TorchDistState:
         for number in sorted(buckets):
             stored = buckets[number]
             for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offset):
-                offset = chunk_offset(self._folder, chunk, stored.dtype)
+                offset = self._finder.offset(chunk, stored.dtype)
                 yield Piece(chunk.file, offset, base + chunk.offset[0], chunk.size[0])
             base += stored.size[0]
 
