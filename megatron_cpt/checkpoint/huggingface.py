@@ -205,6 +205,11 @@ def stored_files(folder: Path) -> dict[str, dict[str, Stored]]:
     tensors: set[str] = set()
     held: dict[str, dict[str, Stored]] = {}
     files = sorted(set(weight_map.values())) if weight_map is not None else [weights]
+    if files != [weights] and (folder / weights).exists():
+        raise CheckpointError(
+            f"{folder} holds {weights} beside {index}, which names other files; transformers loads the former "
+            f"alone, so it is unclear which model this is: remove {weights}, or {index} and the files that it names"
+        )
     for file, path in [(file, file_inside(folder, file)) for file in files]:  # all names are checked first
         held[file] = read(path)
         for name in held[file]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,19 @@ import numpy as np
 
 from megatron_cpt.checkpoint.layout import NewLayout, gaps, tensor_extents
 from megatron_cpt.checkpoint.manifest import SEALS, read_checkpoint_manifest
+from megatron_cpt.checkpoint.metadata import METADATA
+from megatron_cpt.checkpoint.mp_rank_files import TRACKER
 from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.config.manifest import MANIFEST, is_intact
 from megatron_cpt.errors import CheckpointError, VerificationError
 
 _BLOCK_BYTES = 1 << 20
+# Weights, pickles, configs and indexes, code, and what tokenizers are made of.
+_LOADED_SUFFIXES = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .distcp .h5 .msgpack .gguf .pkl .pickle .json .index .py .so .model .tiktoken "
+    ".jinja".split()
+)
+_LOADED_NAMES = frozenset((METADATA, TRACKER, "vocab.txt", "merges.txt"))
 
 
 def seal_files(folder: Path, made: NewLayout | StoredModel) -> dict[str, dict[str, Any]]:
@@ -26,13 +34,20 @@ def seal_files(folder: Path, made: NewLayout | StoredModel) -> dict[str, dict[st
     """
     extents = tensor_extents([made.tensors], made.copies)
     sealed = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST and (not path.name.startswith(".") or path.name == ".metadata"):
-            size = path.stat().st_size
-            digest = _rest_sha256(path, size, extents.get(name))
-            sealed[name] = {"bytes": size, "sha256": digest}
+    for name, path in _files_of(folder):
+        size = path.stat().st_size
+        sealed[name] = {"bytes": size, "sha256": _rest_sha256(path, size, extents.get(name))}
     return sealed
+
+
+def _files_of(folder: Path) -> Iterator[tuple[str, Path]]:
+    """What a seal is about, by name: files, and links to folders, which are never made here."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts[:-1])
+        hidden |= name.name.startswith(".") and name.name != METADATA
+        if not hidden and (path.is_file() or path.is_symlink()) and name != Path(MANIFEST):
+            yield name.as_posix(), path
 
 
 def check_manifest(folder: Path) -> None:
@@ -68,7 +83,22 @@ def broken_seals(model: StoredModel) -> list[str]:
             wrong.append(f"{name} has {path.stat().st_size} bytes, not {said['bytes']}")
         elif _rest_sha256(path, said["bytes"], extents.get(name)) != said["sha256"]:
             wrong.append(f"{name} was changed after it was written, outside of its tensors")
+    folders = {Path(name).parent for name in sealed} - {Path()}
+    for name in unlisted_files(model):
+        if _may_be_loaded(Path(name)) or not folders.isdisjoint(Path(name).parents):
+            wrong.append(f"{name} was added and may be loaded with the rest, remove it")
     return wrong
+
+
+def unlisted_files(model: StoredModel) -> list[str]:
+    """Files of a folder that its manifest does not list, hidden ones left out; a licence or a picture may be one."""
+    sealed = model.stated.get("files")
+    return [name for name, _ in _files_of(model.folder) if name not in sealed] if isinstance(sealed, Mapping) else []
+
+
+def _may_be_loaded(name: Path) -> bool:
+    """Whether loaders of any format look for a file of this name: some before those that a manifest lists."""
+    return name.suffix.lower() in _LOADED_SUFFIXES or name.name in _LOADED_NAMES
 
 
 def _rest_sha256(path: Path, size: int, extents: np.ndarray | None) -> str:

@@ -20,7 +20,7 @@ from megatron_cpt.checkpoint.logits import check_logits
 from megatron_cpt.checkpoint.opening import Hints, open_checkpoint
 from megatron_cpt.checkpoint.reader import bits, num_bytes, raw_bytes, weights_sha256
 from megatron_cpt.checkpoint.runs import STATES, StoredModel, total_bytes
-from megatron_cpt.checkpoint.seal import broken_seals, check_manifest
+from megatron_cpt.checkpoint.seal import broken_seals, check_manifest, unlisted_files
 from megatron_cpt.errors import CheckpointError, VerificationError
 
 Progress = Callable[[int, int], None]
@@ -63,7 +63,8 @@ def verify(
     Returns:
         {"equal": True with two checkpoints, "intact": True with one, "tensors", "bytes", "cast", "weights_sha256",
         "zero_rows": rows of what is proved that are all zero, by tensor (a fact: many models have unused rows),
-        "padding_rows", "files": number of files whose every byte the manifest vouches for,
+        "padding_rows", "files": number of files whose every byte the manifest vouches for, "unlisted": files beside
+        them that no loader looks for,
         "logits": what `compare_logits` gives, where they were asked for}.
 
     Raises:
@@ -99,6 +100,7 @@ def verify(
         "zero_rows": {name: seen.zero_rows for name, seen in found.items() if seen.zero_rows},
         "padding_rows": _check_padding(target),
         "files": len(target.stated.get("files", ())),
+        "unlisted": unlisted_files(target),
     }
     return facts if source is None or not logits else facts | {"logits": check_logits(source, target)}
 
