@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_cpt.checkpoint import archive
 from megatron_cpt.checkpoint.archive import Array, archive_bytes, lay_out_archive, read_archive
+from megatron_cpt.checkpoint.archive_pickle import pickled
 from megatron_cpt.errors import CheckpointError
 
 DTYPES = (
@@ -375,18 +377,27 @@ def test_archives_of_more_than_4_gib(tmp_path: Path) -> None:
     assert [array.offset for array in found.values()] == [reader.get_record_offset(f"data/{key}") for key in range(2)]
 
 
-def test_more_records_than_16_bits_count(tmp_path: Path) -> None:
+def test_more_records_than_16_bits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor, whose storage is the last of as many; to pickle the others would only take long."""
     count = 65_536
-    size, parts, offsets = lay_out_archive([new(dtype=torch.int8) for _ in range(count)])
+
+    def pickled_with_many(value: Any) -> tuple[bytes, list[Array]]:
+        data, arrays = pickled(value)
+        assert data.count(b"X\1\0\0\x000") == 1  # the key of its storage
+        return data.replace(b"X\1\0\0\x000", b"X\5\0\0\x0065535"), arrays * count
+
+    monkeypatch.setattr(archive, "pickled", pickled_with_many)
+    size, parts, offsets = lay_out_archive(new(dtype=torch.int8))
     with open(tmp_path / "many.pt", "wb") as file:
         file.truncate(size)
-        for offset, content in parts:
+        for offset, content in [*parts, (offsets[-1], b"\7")]:
             file.seek(offset)
             file.write(content)
-    assert [array.offset for array in read_archive(tmp_path / "many.pt")] == offsets
+    assert read_archive(tmp_path / "many.pt").offset == offsets[-1] and len(offsets) == count
     reader = torch._C.PyTorchFileReader(str(tmp_path / "many.pt"))
     assert len(reader.get_all_records()) == count + 5
-    assert reader.get_record_offset(f"data/{count - 1}") == offsets[-1]
+    assert [reader.get_record_offset(f"data/{key}") for key in (0, 9, count - 1)] == [*offsets[:10:9], offsets[-1]]
+    assert torch.load(tmp_path / "many.pt").view(-1)[0] == 7
 
 
 def test_tensor_data_are_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
