@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the jobs of 
 from tests.checkpoint.conftest import write_model
 from tests.checkpoint.llama_kinds import KINDS, VOCAB_SIZE, random_tokens, relative_error, transformers_logits
 from tests.checkpoint.megatron_slices import Layout
-from tests.checkpoint.test_megatron_layouts import LAYOUTS, STORED, Job
+from tests.checkpoint.test_megatron import LAYOUTS, STORED, Job
 from tests.training.conftest import make_tiny
 from tests.training.test_layouts import check_export
 

@@ -1,4 +1,4 @@
-"""The job of test_megatron_layouts.py: `python -m tests.checkpoint.layouts_job FOLDER`.
+"""The job of test_megatron.py: `python -m tests.checkpoint.layouts_job FOLDER`.
 
 FOLDER/cases.json is a list of cases, each a converted folder and a layout:
 
@@ -7,6 +7,7 @@ FOLDER/cases.json is a list of cases, each a converted folder and a layout:
 
 With tokens the layout runs in real processes that talk over gloo, and `output` gets the logits. Without, each rank
 of it is pretended in this process, and `output` gets the weights that megatron-core loaded there, rank by rank.
+FOLDER/whole, if there, is what megatron_job.py does then.
 """
 
 from __future__ import annotations
@@ -27,17 +28,25 @@ from tests.checkpoint.megatron_slices import Layout
 Case = dict[str, Any]
 
 
-def pretend(case: Case) -> None:
+def by_layout(cases: list[Case]) -> dict[Layout, list[Case]]:
+    found: dict[Layout, list[Case]] = defaultdict(list)
+    for case in cases:
+        found[Layout(*case["layout"])].append(case)
+    return found
+
+
+def pretend(layout: Layout, cases: list[Case]) -> None:
     from tests.checkpoint import megatron_rank
 
-    layout, shape = Layout(*case["layout"]), LlamaShape(**case["shape"])
-    ranks = []
+    loaded: list[list[Any]] = [[] for _ in cases]
     for rank in range(layout.world_size):
         with megatron_rank.pretended_rank(layout, rank):
-            chunks = megatron_rank.build(shape, case["padded_vocab_size"], layout)
-            megatron_rank.load(chunks, Path(case["folder"]), case["kind"])
-            ranks.append(megatron_rank.weights(chunks))
-    torch.save(ranks, case["output"])
+            for case, ranks in zip(cases, loaded, strict=True):
+                chunks = megatron_rank.build(LlamaShape(**case["shape"]), case["padded_vocab_size"], layout)
+                megatron_rank.load(chunks, Path(case["folder"]), case["kind"])
+                ranks.append(megatron_rank.weights(chunks))
+    for case, ranks in zip(cases, loaded, strict=True):
+        torch.save(ranks, case["output"])
 
 
 def run_rank(rank: int, world_size: int, rendezvous: str, cases: list[Case]) -> None:
@@ -45,10 +54,7 @@ def run_rank(rank: int, world_size: int, rendezvous: str, cases: list[Case]) -> 
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    by_layout: dict[Layout, list[Case]] = defaultdict(list)
-    for case in cases:
-        by_layout[Layout(*case["layout"])].append(case)
-    for layout, of_layout in by_layout.items():
+    for layout, of_layout in by_layout(cases).items():
         with megatron_rank.parallel(layout):
             for case in of_layout:
                 tokens = torch.load(case["tokens"])
@@ -64,7 +70,7 @@ def run_rank(rank: int, world_size: int, rendezvous: str, cases: list[Case]) -> 
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")  # the engine's own, about its own defaults
     install_engine("cpu")
-    from tests.checkpoint import megatron_rank  # noqa: F401 - before the fork, so that it is imported once
+    from tests.checkpoint import megatron_job, megatron_rank  # noqa: F401 - before the fork, so that it is imported once
 
     cases: list[Case] = json.loads((folder / "cases.json").read_text())
     by_size: dict[int, list[Case]] = defaultdict(list)
@@ -76,9 +82,10 @@ def main(folder: Path) -> None:
         arguments = (size, f"file://{folder}/rendezvous-{size}", of_size)
         torch.multiprocessing.start_processes(run_rank, arguments, nprocs=size, start_method=method)
     torch.set_num_threads(1)
-    for case in cases:
-        if not case["tokens"]:
-            pretend(case)
+    for layout, of_layout in by_layout([case for case in cases if not case["tokens"]]).items():
+        pretend(layout, of_layout)
+    if (folder / "whole").exists():
+        megatron_job.main(folder / "whole")
 
 
 if __name__ == "__main__":

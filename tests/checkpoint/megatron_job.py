@@ -1,4 +1,4 @@
-"""The job of test_megatron.py: FOLDER. Runs megatron-core itself on the checkpoints of FOLDER/cases.json.
+"""A part of the job of test_megatron.py: megatron-core itself loads and saves the checkpoints of FOLDER/cases.json.
 
 For each case it loads `torch_dist`, notes the logits, changes the weights, saves them with megatron-core
 in the layouts that the case names, and notes the new logits.
@@ -7,11 +7,9 @@ in the layouts that the case names, and notes the new logits.
 from __future__ import annotations
 
 import json
-import sys
+import queue
 from pathlib import Path
 from typing import Any
-
-from megatron_cpt.runtime.engine import install_engine
 
 
 def run_case(folder: Path, case: dict[str, Any]) -> None:
@@ -58,21 +56,16 @@ def run_case(folder: Path, case: dict[str, Any]) -> None:
 
 
 def main(folder: Path) -> None:
-    install_engine("cpu")
-
-    import torch
+    """Run all cases in this process, in which `install_engine` was called."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    torch.set_num_threads(1)
+    from tests.checkpoint.megatron_rank import parallel
+    from tests.checkpoint.megatron_slices import Layout
+
+    filesystem_async._results_queue = queue.SimpleQueue()  # else a server process
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    for name, case in json.loads((folder / "cases.json").read_text()).items():
-        run_case(folder / name, case)
+    with parallel(Layout()):
+        for name, case in json.loads((folder / "cases.json").read_text()).items():
+            run_case(folder / name, case)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
