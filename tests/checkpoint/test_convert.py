@@ -152,6 +152,7 @@ def test_dry_run_writes_nothing(make_model, tmp_path: Path) -> None:
         ({"to": "onnx"}, "got the format 'onnx', expected one of hf, torch_dist"),
         ({"to": "torch_dist", "dtype": "int8"}, "expected one of float32"),
         ({"to": "torch_dist", "vocab_divisor": 0}, "expected 1 or more"),
+        ({"to": "torch_dist", "vocab_divisor": 10**15}, "1,048,576 at most"),
         ({"to": "torch_dist", "tp": 2}, "got --tp for torch_dist, which is not cut so"),
         ({"to": "hf", "pp": 2, "vpp": 2}, "got --pp, --vpp for hf"),
     ],
