@@ -16,6 +16,7 @@ from megatron_cpt.checkpoint.metadata import Chunk, StoredTensor
 from megatron_cpt.errors import CheckpointError
 
 MAX_FILE_BYTES = 5_000_000_000
+MAX_CHUNK_BYTES = 64 << 20  # of a tensor, in a chunk that is made here
 
 
 class ChunkFinder:

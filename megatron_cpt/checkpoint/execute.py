@@ -22,14 +22,13 @@ from torch import Tensor
 
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.layout import NewLayout
-from megatron_cpt.checkpoint.reader import bits, num_bytes, raw_bytes, row_blocks
+from megatron_cpt.checkpoint.reader import BLOCK_BYTES, bits, num_bytes, raw_bytes, row_blocks
 from megatron_cpt.checkpoint.runs import StoredModel, write_exactly, write_runs
 from megatron_cpt.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
 
 JOURNAL = ".journal.jsonl"
-BLOCK_BYTES = 16 << 20
 MAX_WORKERS = 8
 FLUSH_SECONDS = 0.5
 _PROCESS_BYTES = 300 << 20  # Python, torch and the tables of a plan
@@ -214,6 +213,7 @@ def _move(source: StoredModel, layout: NewLayout, folder: Path, name: str, progr
     digest, error = hashlib.sha256(), 0.0
     for start, block in blocks_of(source, name):
         source.check_copies(name, start, block)
+        source.check_rounded(name, start, block)
         rows = block
         if placed.dtype != block.dtype:
             rows = block.to(placed.dtype)

@@ -98,15 +98,19 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor from raw bytes at `offset`; the caller has checked the range against the file's size."""
     tensor = new_tensor(shape, dtype)
-    view, done = raw_bytes(tensor), 0
+    read_exactly(path, offset, raw_bytes(tensor))
+    return tensor
+
+
+def read_exactly(path: Path, offset: int, view: memoryview) -> None:
+    """Fill a buffer from a file; raises CheckpointError where the file ends before."""
+    done = 0
     with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
         while done < len(view):
-            got = file.readinto(view[done:])
+            got = os.preadv(file.fileno(), [view[done:]], offset + done)
             if not got:
                 raise CheckpointError(f"{path} ended {len(view) - done} bytes early; it was cut short, copy it again")
             done += got
-    return tensor
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

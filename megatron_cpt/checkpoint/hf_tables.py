@@ -41,6 +41,8 @@ class HFTables:
                 "`megatron-cpt checkpoint convert SRC DST --to hf`"
             )
         self.tied = self.reader.llama.tied_embeddings
+        for _ in read_blocks(self.reader, EMBEDDING) if EMBEDDING in self.reader.copies else ():
+            pass  # a head that is stored beside the embedding, and must be the same, is compared as this is read
         self.tables = tuple(self._table(name) for name in _MATRICES if name in self.reader.names())
 
     def _table(self, name: str) -> Table:

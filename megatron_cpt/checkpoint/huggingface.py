@@ -23,7 +23,7 @@ from megatron_cpt.checkpoint.layout import NewFile, NewLayout
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, hf_shapes
 from megatron_cpt.checkpoint.manifest import own_manifest
 from megatron_cpt.checkpoint.reader import num_bytes
-from megatron_cpt.checkpoint.runs import Placed, Run, StoredModel, same_rows
+from megatron_cpt.checkpoint.runs import Placed, Run, StoredModel
 from megatron_cpt.checkpoint.unpickler import MAX_DIMENSIONS, numbers
 from megatron_cpt.config.manifest import read_json, write_json_atomic
 from megatron_cpt.errors import CheckpointError
@@ -78,15 +78,18 @@ def open_hf(folder: str | Path) -> StoredModel:
                 "the weights and the config are of two models"
             )
     tensors = {name: _placed(held[name]) for name in expected}
-    if copy is not None and not same_rows(folder, tensors[EMBEDDING], _placed(copy)):
+    if copy is not None and (copy.shape, copy.dtype) != (tensors[EMBEDDING].shape, tensors[EMBEDDING].dtype):
         raise CheckpointError(
-            f"{folder}: config.json ties the embeddings, yet {HEAD} differs from {EMBEDDING}; "
-            "set tie_word_embeddings to false if the model has its own head"
+            f"{folder}: config.json ties the embeddings, yet {HEAD} is {copy.shape}, {copy.dtype} and {EMBEDDING} is "
+            f"{tensors[EMBEDDING].shape}, {tensors[EMBEDDING].dtype}; set tie_word_embeddings to false if the model "
+            "has its own head"
         )
+    # Compared when the rows are read.
+    copies: dict[str, tuple[Placed, ...]] = {} if copy is None else {EMBEDDING: (_placed(copy),)}
     stated = own_manifest(folder)
     stated |= {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
     stated["huggingface"] = _other_settings(folder, config)
-    return StoredModel(folder, "hf", llama, vocab_size, vocab_size, tensors, stated=stated)
+    return StoredModel(folder, "hf", llama, vocab_size, vocab_size, tensors, copies=copies, stated=stated)
 
 
 def _other_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

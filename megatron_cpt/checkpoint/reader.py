@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_cpt.config.manifest import sha256_bytes
 from megatron_cpt.config.schema import LlamaShape
 
-BLOCK_BYTES = 64 << 20  # tensors are converted and compared in blocks of rows of at most this size
+BLOCK_BYTES = 16 << 20  # tensors are read, converted and compared in blocks of rows of at most this size
 
 
 class ModelReader(Protocol):

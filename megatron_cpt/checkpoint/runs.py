@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron_cpt.checkpoint.archive_pickle import Array
 from megatron_cpt.checkpoint.cover import check_cover
-from megatron_cpt.checkpoint.files import new_tensor
-from megatron_cpt.checkpoint.llama import hf_shapes
+from megatron_cpt.checkpoint.files import new_tensor, read_exactly
+from megatron_cpt.checkpoint.llama import EMBEDDING, hf_shapes
 from megatron_cpt.checkpoint.optimizer_state import LEAVE_BEHIND, OptimizerFacts
 from megatron_cpt.checkpoint.reader import BLOCK_BYTES, bits, num_bytes, raw_bytes, row_blocks
 from megatron_cpt.config.schema import LlamaShape
@@ -29,6 +29,12 @@ from megatron_cpt.errors import CheckpointError
 WEIGHTS = "weights"
 # State of an optimizer is named like the weight it belongs to: "exp_avg/model.norm.weight".
 STATES = (MASTER := "master", "exp_avg", "exp_avg_sq")
+# What copies that differ are a sign of, without and with a head that is the embedding's.
+_DIFFER = (
+    "the files are of two models, or damaged",
+    "the files are of two models, or damaged, or the model has a head of its own and its description has to say so "
+    "(tie_word_embeddings: false)",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +189,13 @@ class StoredModel:
         return self.read_rows(name, 0, shape[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Rows [start, stop) of a tensor; raises CheckpointError where a copy of it is not the same there."""
         placed = self._placed(name)
         if not 0 <= start <= stop <= placed.shape[0]:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {placed.shape[0]}")
         out = new_tensor((stop - start, *placed.shape[1:]), placed.dtype)
         self.read_into(name, start, out)
+        self.check_copies(name, start, out)
         return out
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
@@ -200,20 +207,23 @@ class StoredModel:
         _fill(self.folder, runs[low:high], placed, start, out)
 
     def check_copies(self, name: str, start: int, rows: Tensor) -> None:
-        """Raise CheckpointError unless a tensor's copies, and its rounded form, hold these rows from `start` on."""
+        """Raise CheckpointError unless a tensor's copies hold these rows from `start` on."""
         for copy in self.copies.get(name, ()):
-            other = new_tensor(tuple(rows.shape), rows.dtype)
-            _fill(self.folder, copy.runs, copy, start, other)
-            if not torch.equal(bits(rows), bits(other)):
+            others = _blocks(self.folder, copy, start, start + len(rows))
+            if not all(torch.equal(bits(rows[first - start :][: len(other)]), bits(other)) for first, other in others):
                 raise CheckpointError(
                     f"{self.folder}: {name} in {copy.runs[0].file} differs from its copy in "
-                    f"{self.tensors[name].runs[0].file}; the files are of two models, or damaged"
+                    f"{self.tensors[name].runs[0].file}; {_DIFFER[name == EMBEDDING and self.llama.tied_embeddings]}"
                 )
-        if (weight := self.rounded.get(name)) is not None:
-            self._check_rounded(name, weight, start, rows)
 
-    def _check_rounded(self, name: str, weight: Placed, start: int, rows: Tensor) -> None:
-        """Every update rounds the masters to the weights, so a state that is another's, or misread, shows here."""
+    def check_rounded(self, name: str, start: int, rows: Tensor) -> None:
+        """Raise CheckpointError unless these rows, rounded, are those of the weight that they are the master of.
+
+        Every update rounds the masters to the weights, so a state that is another's, or misread, shows here.
+        """
+        weight = self.rounded.get(name)
+        if weight is None:
+            return
         written = new_tensor(tuple(rows.shape), weight.dtype)
         _fill(self.folder, weight.runs, weight, start, written)
         if not torch.equal(bits(rows.to(weight.dtype)), bits(written)):
@@ -222,14 +232,11 @@ class StoredModel:
                 f"weight in {weight.runs[0].file}); it was saved damaged, or belongs to others: {LEAVE_BEHIND}"
             )
 
-    def read_padding(self, name: str) -> Tensor:
-        """The stored rows of a vocabulary table beyond the true vocabulary."""
-        placed = self.padding.get(name)
-        if placed is None:
-            return new_tensor((0, *self.shape(name)[1:]), self.dtype(name))
-        out = new_tensor(placed.shape, placed.dtype)
-        _fill(self.folder, placed.runs, placed, 0, out)
-        return out
+    def padding_blocks(self, name: str) -> Iterator[Tensor]:
+        """The stored rows of a vocabulary table beyond the true vocabulary, in blocks of at most BLOCK_BYTES."""
+        if name in self.padding:
+            placed = self.padding[name]
+            yield from (block for _, block in _blocks(self.folder, placed, 0, placed.shape[0]))
 
     def _placed(self, name: str) -> Placed:
         if name not in self.tensors:
@@ -241,13 +248,16 @@ def same_rows(folder: Path, one: Placed, other: Placed) -> bool:
     """Whether two stored tensors are the same bit for bit; read in blocks."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    for start, stop in row_blocks(one.shape[0], num_bytes(one.shape[1:], one.dtype), BLOCK_BYTES):
-        blocks = [new_tensor((stop - start, *one.shape[1:]), one.dtype) for _ in range(2)]
-        for placed, block in zip((one, other), blocks, strict=True):
-            _fill(folder, placed.runs, placed, start, block)
-        if not torch.equal(bits(blocks[0]), bits(blocks[1])):
-            return False
-    return True
+    pairs = zip(*(_blocks(folder, placed, 0, one.shape[0]) for placed in (one, other)), strict=True)
+    return all(torch.equal(bits(ours), bits(theirs)) for (_, ours), (_, theirs) in pairs)
+
+
+def _blocks(folder: Path, placed: Placed, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    """Rows [start, stop) of what is stored as (first row, rows), in blocks of at most BLOCK_BYTES."""
+    for first, last in row_blocks(stop - start, num_bytes(placed.shape[1:], placed.dtype), BLOCK_BYTES):
+        block = new_tensor((last - first, *placed.shape[1:]), placed.dtype)
+        _fill(folder, placed.runs, placed, start + first, block)
+        yield start + first, block
 
 
 def _fill(folder: Path, runs: Iterable[Run], placed: Placed, start: int, out: Tensor) -> None:
@@ -266,17 +276,6 @@ def _fill(folder: Path, runs: Iterable[Run], placed: Placed, start: int, out: Te
         held = new_tensor(((last - first - 1) * (run.pitch // itemsize) + run.columns,), placed.dtype)
         read_exactly(folder / run.file, offset, raw_bytes(held))
         target.copy_(held.as_strided((last - first, run.columns), (run.pitch // itemsize, 1)))
-
-
-def read_exactly(path: Path, offset: int, view: memoryview) -> None:
-    """Fill a buffer from a file; raises CheckpointError where the file ends before."""
-    done = 0
-    with open(path, "rb", buffering=0) as file:
-        while done < len(view):
-            got = os.preadv(file.fileno(), [view[done:]], offset + done)
-            if not got:
-                raise CheckpointError(f"{path} ended {len(view) - done} bytes early; it was cut short, copy it again")
-            done += got
 
 
 def number_of(path: Path, value: Any) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.archive import archive_bytes, lay_out_archive, read_archive
-from megatron_cpt.checkpoint.chunks import MAX_FILE_BYTES, ChunkFinder
+from megatron_cpt.checkpoint.chunks import MAX_CHUNK_BYTES, MAX_FILE_BYTES, ChunkFinder
 from megatron_cpt.checkpoint.described import Hints, args_of_llama, describe
 from megatron_cpt.checkpoint.files import file_inside
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout, hole
@@ -40,7 +40,7 @@ from megatron_cpt.checkpoint.metadata import (
     write_index,
 )
 from megatron_cpt.checkpoint.rank_parts import Key, Named, RankBoxes
-from megatron_cpt.checkpoint.reader import BLOCK_BYTES, num_bytes, row_blocks
+from megatron_cpt.checkpoint.reader import num_bytes, row_blocks
 from megatron_cpt.checkpoint.runs import STATES, WEIGHTS, Box, StoredModel
 from megatron_cpt.checkpoint.torch_dist_optimizer import STORED_STATES, TorchDistState, common_state
 from megatron_cpt.config.manifest import MANIFEST, write_json_atomic
@@ -164,16 +164,16 @@ def lay_out_torch_dist(
     dtypes: Mapping[str, torch.dtype],
     padded_size: int,
     common: Mapping[str, Any] | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    chunk_bytes: int = MAX_CHUNK_BYTES,
 ) -> NewLayout:
-    """Lay out tensors in chunks of one layer and at most `block_bytes`.
+    """Lay out tensors in chunks of one layer and at most `chunk_bytes`.
 
     Args:
         source: the model.
         dtypes: by name, of each tensor that is written, the state of an optimizer among them.
         padded_size: rows of the vocabulary tables.
         common: what else common.pt holds.
-        block_bytes: largest chunk.
+        chunk_bytes: largest chunk.
     """
     files = _Files()
     named = Named()
@@ -191,7 +191,7 @@ def lay_out_torch_dist(
             chunks = []
             for layer in range(size[0]) if key.startswith(LAYERS) else (None,):
                 by_key[key, layer] = dtype
-                for box, chunk in _lay_out_matrix(files, layer, size, dtype, block_bytes):
+                for box, chunk in _lay_out_matrix(files, layer, size, dtype, chunk_bytes):
                     boxes[key, layer].append(box)
                     chunks.append(chunk)
             index[stored_prefix + key] = StoredTensor(dtype, size, tuple(chunks))
@@ -212,13 +212,13 @@ def lay_out_torch_dist(
 
 
 def _lay_out_matrix(
-    files: _Files, layer: int | None, size: tuple[int, ...], dtype: torch.dtype, block_bytes: int
+    files: _Files, layer: int | None, size: tuple[int, ...], dtype: torch.dtype, chunk_bytes: int
 ) -> list[tuple[Box, Chunk]]:
     """The chunks of a stored matrix: of one layer, or of a tensor that has none."""
     layers = () if layer is None else (layer,)
     rows, *row_shape = size[len(layers) :]
     made = []
-    for start, stop in row_blocks(rows, num_bytes(tuple(row_shape), dtype), block_bytes):
+    for start, stop in row_blocks(rows, num_bytes(tuple(row_shape), dtype), chunk_bytes):
         extent = (*(1 for _ in layers), stop - start, *row_shape)
         size_bytes, parts, offset = files.archive(extent, dtype)
         file, begin, length = files.add(size_bytes, parts)

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_cpt.checkpoint.chunks import BoxReader, DataFiles
+from megatron_cpt.checkpoint.chunks import MAX_CHUNK_BYTES, BoxReader, DataFiles
+from megatron_cpt.checkpoint.execute import Tally
 from megatron_cpt.checkpoint.files import file_inside, require_space
 from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, STORED_EMBEDDING, STORED_HEAD
 from megatron_cpt.checkpoint.metadata import Chunk, StoredTensor, read_index, write_index
-from megatron_cpt.checkpoint.reader import BLOCK_BYTES, WeightsDigest, num_bytes, read_blocks, row_blocks
+from megatron_cpt.checkpoint.reader import WeightsDigest, num_bytes, read_blocks, row_blocks
 from megatron_cpt.checkpoint.tables import Matrix, NewTable, Progress, Rows, Table, carry, filled
 from megatron_cpt.checkpoint.torch_dist import open_torch_dist
 from megatron_cpt.errors import CheckpointError
@@ -96,16 +97,16 @@ class TorchDistTables:
         digest = WeightsDigest() if "weights_sha256" in reader.stated else None
         body = [name for name in reader.names() if name not in (EMBEDDING, HEAD)]
         body_bytes = sum(num_bytes(reader.shape(name), reader.dtype(name)) for name in body)
-        report = _Report(sum(sizes.values()) + (body_bytes if digest else 0), on_progress)
+        tally = Tally(sum(sizes.values()) + (body_bytes if digest else 0), on_progress)
         for name in ("common.pt", "metadata.json", *held):
             carry(file_inside(self.folder, name), folder / name)
         with DataFiles(folder, _free_name(held)) as files:
-            made = {key: self._write(files, key, table, digest, report) for key, table in new.items()}
+            made = {key: self._write(files, key, table, digest, tally) for key, table in new.items()}
         write_index(folder, {key: made.get(key, tensor) for key, tensor in old.items()}, self._objects)
         for name in body if digest is not None else ():
             for block in read_blocks(reader, name):
                 digest.update(name, block.dtype, reader.shape(name), block)  # type: ignore[union-attr]
-                report.add(num_bytes(tuple(block.shape), block.dtype))
+                tally.add(num_bytes(tuple(block.shape), block.dtype))
         return {
             "files": files.count,
             "files_carried": len(held),
@@ -114,30 +115,20 @@ class TorchDistTables:
         }
 
     def _write(
-        self, files: DataFiles, key: str, table: NewTable, digest: WeightsDigest | None, report: _Report
+        self, files: DataFiles, key: str, table: NewTable, digest: WeightsDigest | None, tally: Tally
     ) -> StoredTensor:
         stored = self._tensors[key]
         width, dtype = stored.size[1], stored.dtype
         rows: Rows = table.make(self._boxes.read(stored, (0, 0), stored.size))
         chunks = []
-        for start, stop in row_blocks(table.num_rows, num_bytes((width,), dtype), BLOCK_BYTES):
+        for start, stop in row_blocks(table.num_rows, num_bytes((width,), dtype), MAX_CHUNK_BYTES):
             block = filled(rows, start, stop, width, dtype)
             chunks.append(Chunk((start, 0), (stop - start, width), *files.save(block)))
             if digest is not None and key in _MATRICES:
                 true = block[: max(0, table.vocab_size - start)]
                 digest.update(_MATRICES[key][1], dtype, (table.vocab_size, width), true)
-            report.add(num_bytes(tuple(block.shape), dtype))
+            tally.add(num_bytes(tuple(block.shape), dtype))
         return replace(stored, size=(table.num_rows, width), chunks=tuple(chunks))
-
-
-class _Report:
-    def __init__(self, total: int, on_progress: Progress | None) -> None:
-        self._done, self._total, self._tell = 0, total, on_progress
-
-    def add(self, size: int) -> None:
-        self._done += size
-        if self._tell is not None:
-            self._tell(self._done, self._total)
 
 
 def _free_name(names: list[str]) -> str:

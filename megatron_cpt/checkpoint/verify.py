@@ -188,14 +188,17 @@ def _compare(source: StoredModel | None, target: StoredModel, name: str, tally: 
     for start, theirs in blocks_of(target, name):
         try:
             target.check_copies(name, start, theirs)
+            target.check_rounded(name, start, theirs)
         except CheckpointError as caught:
             return _Found("", f"has two versions ({caught})", 0)
         digest.update(raw_bytes(theirs))
         if source is not None:
             if held is None:  # the first block is the largest
                 held = new_tensor(tuple(theirs.shape), source.dtype(name))
-            source.read_into(name, start, held[: len(theirs)])
-            different += _num_different(held[: len(theirs)].to(dtype), theirs)
+            ours = held[: len(theirs)]
+            source.read_into(name, start, ours)
+            source.check_copies(name, start, ours)
+            different += _num_different(ours.to(dtype), theirs)
         smallest, largest = theirs.aminmax()  # NaN is both of them where there is one
         finite = finite and bool(smallest.isfinite() & largest.isfinite())
         zeros += _num_zero_rows(theirs)
@@ -256,7 +259,7 @@ def _fail_as_changed(target: StoredModel, wrong: Sequence[str]) -> None:
 def _check_padding(target: StoredModel) -> int:
     """Number of padding rows of the vocabulary tables; they too have to be finite."""
     for name in target.padding:
-        if not torch.isfinite(target.read_padding(name)).all():
+        if not all(block.isfinite().all() for block in target.padding_blocks(name)):
             raise VerificationError(
                 f"{target.folder}: the padding rows of {name} hold NaN or infinity; convert it again"
             )

@@ -212,7 +212,7 @@ def _padding(new: ModelReader, vocab_size: int, key: str, row_bytes: int) -> Ite
     for start, stop in row_blocks(new.shape(key)[0] - vocab_size, row_bytes, _BLOCK_BYTES):
         yield new.read_rows(key, vocab_size + start, vocab_size + stop)
     if isinstance(new, StoredModel):
-        yield new.read_padding(key)
+        yield from new.padding_blocks(key)
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:

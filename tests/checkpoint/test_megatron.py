@@ -118,7 +118,7 @@ def write_whole(folder: Path, make_model: Any) -> None:
         reader = open_hf(make_model(here / "hf", VOCAB_SIZE, **changes))
         dtypes = {name: reader.dtype(name) for name in reader.names()}
         # tables in several chunks, cut across the padding
-        layout = lay_out_torch_dist(reader, dtypes, PADDED, block_bytes=5_000)
+        layout = lay_out_torch_dist(reader, dtypes, PADDED, chunk_bytes=5_000)
         (here / "torch_dist").mkdir()
         execute(reader, layout, here / "torch_dist", Journal(here / "torch_dist", "key"), 2)
         layout.finish(here / "torch_dist")
