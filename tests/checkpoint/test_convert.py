@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cpt.checkpoint import (
     convert,
+    open_checkpoint,
     open_hf,
     open_torch_dist,
     read_checkpoint_manifest,
@@ -20,6 +21,7 @@ from megatron_cpt.checkpoint import (
     verify,
     write_hf,
 )
+from megatron_cpt.checkpoint.convert import FORMATS
 from megatron_cpt.config.manifest import sha256_file
 from megatron_cpt.errors import CheckpointError, InputError, TokenizerError
 
@@ -93,14 +95,24 @@ def test_a_cast_is_stated_and_measured(make_model, tmp_path: Path) -> None:
         assert torch.equal(reader.read(name), tensor.bfloat16()), name
 
 
-def test_tensors_of_different_dtypes_need_a_stated_dtype(make_model, tmp_path: Path) -> None:
-    source = make_model(tmp_path / "hf")
+@pytest.mark.parametrize("to", FORMATS)
+def test_tensors_of_different_dtypes_are_kept_or_refused(to: str, make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf", vocab_size=134, head_dim=4, rope_theta=10000.0)
     for file in source.glob("*.safetensors"):
         tensors = load_file(file)
         save_file({name: t.half() if "layers.1.mlp.up" in name else t for name, t in tensors.items()}, file)
-    with pytest.raises(CheckpointError, match="float16 and torch.float32"):
-        convert(source, tmp_path / "stored", "torch_dist")
-    convert(source, tmp_path / "stored", "torch_dist", dtype="float32")
+    if to in ("hf", "meta"):  # each tensor lies by itself
+        convert(source, tmp_path / "out", to)
+        reader = open_checkpoint(tmp_path / "out")
+        for name, tensor in weights_of(source).items():
+            kept = reader.read(name)
+            assert kept.dtype == tensor.dtype and torch.equal(bits(kept), bits(tensor)), name
+    else:
+        with pytest.raises(CheckpointError, match=r"dtypes torch\.float\d+ and torch\.float\d+"):
+            convert(source, tmp_path / "out", to)
+        assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "wide", to, dtype="float32")
+    assert verify(source, tmp_path / "wide")["cast"] == "float32"
 
 
 def write_tokenizer(folder: Path) -> None:
