@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_cpt.checkpoint.archive import lay_out_archive, read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides, pickled
-from megatron_cpt.checkpoint.files import new_tensor, read_exactly, read_tensor, require_space
+from megatron_cpt.checkpoint.files import file_inside, new_tensor, read_exactly, read_tensor, require_space
 from megatron_cpt.checkpoint.huggingface import dense
 from megatron_cpt.checkpoint.layout import hole
 from megatron_cpt.checkpoint.mp_rank_files import (
@@ -95,7 +95,7 @@ class MpRankTables:
 
     def _load(self, rank: Rank) -> dict[str, Any]:
         """What a rank's file holds, an Array in the place of each tensor."""
-        value = read_archive(self.iteration / rank.name / RANK_FILE)
+        value = read_archive(file_inside(self.iteration / rank.name, RANK_FILE))
         if not isinstance(value, dict):
             raise CheckpointError(
                 f"{self.iteration / rank.name / RANK_FILE} holds {type(value).__name__}, expected a checkpoint's dict"

@@ -30,6 +30,7 @@ _SETTINGS = (
     "end_wd",
     "optimizer",
 )
+_RATES = ("max_lr", "min_lr", "lr", "weight_decay")  # what a scheduler is made of
 _PROGRESS = ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples", "global_batch_size")
 Shapes = Mapping[str, tuple[int, ...]]  # of the parameters of a model chunk, in the order of its modules
 
@@ -133,7 +134,12 @@ def _setting(group: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: group[key] for key in _SETTINGS if key in group and _is_plain(group[key])}
+    known = {key: group[key] for key in _SETTINGS if key in group and _is_plain(group[key])}
+    return {key: value for key, value in known.items() if key not in _RATES or _is_rate(value)}
+
+
+def _is_rate(value: Any) -> bool:
+    return value is None or type(value) in (int, float) and 0 <= value < 1e30
 
 
 def _is_plain(value: Any) -> bool:

@@ -280,7 +280,7 @@ def _fill(folder: Path, runs: Iterable[Run], placed: Placed, start: int, out: Te
 
 def number_of(path: Path, value: Any) -> float:
     """A number, or what a tensor of one element in an archive holds."""
-    if type(value) in (int, float):
+    if type(value) is float or type(value) is int and abs(value) < 2**63:
         return float(value)
     if not isinstance(value, Array) or num_bytes(value.shape, torch.uint8) != 1:
         raise CheckpointError(f"{path}: got {type(value).__name__}, expected a number or a tensor of one element")

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from megatron_cpt.checkpoint import convert, open_checkpoint, opening, read_checkpoint_manifest, verify
+from megatron_cpt.checkpoint.optimizer_state import facts_of
+from megatron_cpt.checkpoint.runs import number_of
 from megatron_cpt.config.manifest import read_json, write_sealed_manifest
 from megatron_cpt.errors import CheckpointError, InputError
 from tests.checkpoint.conftest import write_model
@@ -331,3 +333,34 @@ def test_names_that_a_terminal_would_obey(copy: Callable[[str], Path]) -> None:
     with pytest.raises(CheckpointError, match=r"not expected \?\[2J\?") as caught:
         open_checkpoint(folder)
     assert str(caught.value).isprintable() and len(str(caught.value)) <= 2000
+
+
+# The state of an optimizer
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight_decay", "x"), ("lr", (1,)), ("weight_decay", 10**400)])
+def test_rates_that_are_no_numbers(name: str, value: Any) -> None:
+    groups = [{"wd_mult": 1.0, "lr": 1e-4}, {"wd_mult": 0.0, "lr": 1e-4}]
+    state = facts_of([{**group, name: value} for group in groups], [3], None, None, "here").scheduler_state()
+    assert all(type(held) in (int, float, str, type(None)) for held in state.values())
+
+
+@pytest.mark.parametrize("value", [10**400, "3", None])
+def test_a_number_that_is_none(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a number or a tensor of one element"):
+        number_of(tmp_path, value)
+
+
+@pytest.mark.parametrize("step", [10.0**300, float("nan"), float("inf"), -1.0])
+def test_a_step_that_no_run_makes(step: float) -> None:
+    with pytest.raises(CheckpointError, match="of the number of its updates, expected one number"):
+        facts_of([{"wd_mult": 1.0}, {"wd_mult": 0.0}], [step], None, None, "here")
+
+
+def test_surgery_reads_no_linked_rank_either(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("mp_rank")
+    file = folder / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    shutil.move(file, tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="model_optim_rng.pt is a link to"):
+        opening.open_tables(folder)
