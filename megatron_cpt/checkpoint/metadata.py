@@ -29,6 +29,7 @@ _NAMES = {
     SIZE.stands_for,
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # its name in Python 3.13
     ("pathlib", "Path"),
     ("builtins", "slice"),
 }
