@@ -3,11 +3,13 @@
 FOLDER/cases.json: name -> {"layout": [TP, PP, VPP or null], "shape", "padded_vocab_size", "distributed", "forms":
 torch_dist sharding types to save}. megatron-core alone trains two steps, saves as Megatron-LM saves, and goes on for
 two more. Then the checkpoint is converted, a new model and a new optimizer load what came out, and go on too. What
-every rank's live optimizer holds at each point goes to FOLDER/<name>/<point>_<rank>.pt.
+every rank's live optimizer holds at each point goes to FOLDER/<name>/<point>_<rank>.pt. Last, FOLDER/own is what
+own_run_job.py says.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -330,14 +332,23 @@ def run_rank(rank: int, folder: Path, cases: dict[str, dict[str, Any]], world_si
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")  # the engine's own, about its own defaults
     install_engine("cpu")
-    import torch._dynamo  # noqa: F401 - before the fork, so that all of it is imported once
+    # Before the fork, so that all of it is imported once; and what is there is never looked at for garbage.
+    import megatron.core.dist_checkpointing.strategies.torch
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+    import torch._dynamo
 
+    import megatron_cpt.checkpoint
+    import megatron_cpt.training.loop  # noqa: F401
+    from tests.checkpoint import own_run_job
+
+    gc.freeze()
     cases = json.loads((folder / "cases.json").read_text())
     for name in cases:
         os.makedirs(folder / name)
     (size,) = {Layout(*case["layout"]).world_size for case in cases.values()}
     method = "fork" if sys.platform == "linux" else "spawn"  # elsewhere a fork is not safe
     torch.multiprocessing.start_processes(run_rank, (folder, cases, size), nprocs=size, start_method=method)
+    own_run_job.main(folder / "own")
 
 
 if __name__ == "__main__":

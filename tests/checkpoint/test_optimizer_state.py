@@ -28,7 +28,6 @@ from megatron_cpt.checkpoint.runs import STATES
 from megatron_cpt.cli.main import main
 from megatron_cpt.config.manifest import read_json
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.runtime.launcher import launch
 from megatron_cpt.training.folder import INITIAL
 from tests.checkpoint.conftest import tiny_shape
 from tests.checkpoint.megatron_slices import Layout, rank_slices
@@ -50,6 +49,17 @@ CASES = {
 }
 
 
+def write_own(folder: Path) -> None:
+    folder.mkdir()
+    run = make_tiny(folder, 250, tiny_shape(**SMALL))
+    settings = {"train_steps": 4, "precision": "bf16", "checkpoint": {"save_interval_steps": 2, "keep_last": 9}}
+    initial = {"initial_checkpoint": str(folder / "converted"), "initial_optimizer": True, "train_steps": 1}
+    ranked = {"initial_checkpoint": str(folder / "ranks"), "train_steps": 1}
+    for name, changes in {"whole": {}, "again": {}, "begun": initial, "ranked": ranked}.items():
+        config = run.config(folder / name, **{**settings, **changes})
+        (folder / f"{name}.json").write_text(config.model_dump_json())
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("optimizer")
@@ -64,6 +74,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, (distributed, forms, rows, shape) in CASES.items()
     }
     (folder / "cases.json").write_text(json.dumps(cases))
+    write_own(folder / "own")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.checkpoint.optimizer_job", str(folder)]
     subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
@@ -294,24 +305,17 @@ def test_the_distributed_file_has_to_be_the_models(job: Path, tmp_path: Path) ->
             convert(folder, tmp_path / "out", "torch_dist", 2)
 
 
-def test_a_run_of_our_own_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_of_our_own_goes_on_bit_for_bit(job: Path) -> None:
     """Its checkpoint, through ranks of Megatron's and back, is resumed as if it were its own; and begun from."""
-    run = make_tiny(tmp_path, 250, tiny_shape(**SMALL))
-    settings = {"train_steps": 4, "precision": "bf16", "checkpoint": {"save_interval_steps": 2, "keep_last": 9}}
-    initial = {"initial_checkpoint": str(tmp_path / "converted"), "initial_optimizer": True, "train_steps": 1}
-    ranked = {"initial_checkpoint": str(tmp_path / "ranks"), "train_steps": 1}
-    for name, changes in {"whole": {}, "again": {}, "begun": initial, "ranked": ranked}.items():
-        config = run.config(tmp_path / name, **{**settings, **changes})
-        (tmp_path / f"{name}.json").write_text(config.model_dump_json())
-    launch("tests.checkpoint.own_run_job", [str(tmp_path)], 1, tmp_path / "logs")
-    assert not list(tmp_path.glob("*.error"))
-    expected, found = (state_of(tmp_path / name / "checkpoints" / "iter_0000004") for name in ("whole", "again"))
-    assert state_of(tmp_path / "converted").keys() == expected.keys() == found.keys()
+    folder = job / "own"
+    assert not list(folder.glob("*.error"))
+    expected, found = (state_of(folder / name / "checkpoints" / "iter_0000004") for name in ("whole", "again"))
+    assert state_of(folder / "converted").keys() == expected.keys() == found.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
-    assert not open_checkpoint(tmp_path / "ranked" / INITIAL).holds_optimizer  # begun from the weights alone
-    begun = open_checkpoint(tmp_path / "begun", with_optimizer=True).optimizer
+    assert not open_checkpoint(folder / "ranked" / INITIAL).holds_optimizer  # begun from the weights alone
+    begun = open_checkpoint(folder / "begun", with_optimizer=True).optimizer
     assert begun is not None and begun.step == 3
-    manifest = read_json(tmp_path / "converted" / "manifest.json", CheckpointError)
+    manifest = read_json(folder / "converted" / "manifest.json", CheckpointError)
     assert manifest["optimizer"] == "carried" and manifest["step"] == 2
     assert {name.split("/")[0] for name in manifest["tensors"] if "/" in name} == set(STATES)
