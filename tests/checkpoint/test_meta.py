@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megatron_cpt.checkpoint import Hints, convert, open_checkpoint, show, verify
+from megatron_cpt.checkpoint import Hints, convert, open_checkpoint, runs, show, verify
 from megatron_cpt.checkpoint.archive import Array, lay_out_archive
 from megatron_cpt.checkpoint.meta_params import ffn_fields
 from megatron_cpt.errors import CheckpointError
@@ -43,8 +43,10 @@ def params_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "params.json").read_text())
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("llama-2", 1), ("llama-2", 4), ("llama-3", 2), ("llama-3.1", 1), ("llama-3.1", 4), ("llama-3.2", 2)],
+)
 def test_what_is_written_is_the_model_to_metas_code(kind: str, count: int, make_model, tmp_path: Path) -> None:
     source = make_model(tmp_path / "hf", VOCAB_SIZE, **KINDS[kind])
     there = convert(source, tmp_path / "meta", "meta", tp=count)
@@ -194,8 +196,9 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("release", "count", "vocab_size", "ffn", "params", "length", "factor"), PUBLISHED)
 def test_the_release_is_told_by_the_files(
-    release, count, vocab_size, ffn, params, length, factor, tmp_path: Path
+    release, count, vocab_size, ffn, params, length, factor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(runs, "BLOCK_BYTES", 1 << 16)  # the tables differ at once
     params = {"n_layers": 2, **params}
     tied = release == "Llama 3.2"
     dim, head = params["dim"], params["dim"] // params["n_heads"]
@@ -282,7 +285,7 @@ def metas_ffn(dim: int, multiple_of: int, ffn_dim_multiplier: float | None = Non
     return -(-hidden // multiple_of) * multiple_of
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(8, 20000), st.integers(8, 80000))
 def test_params_lead_to_any_ffn(dim: int, ffn: int) -> None:
     assert metas_ffn(dim, **ffn_fields(dim, ffn)) == ffn
