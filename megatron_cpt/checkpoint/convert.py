@@ -239,6 +239,8 @@ def _facts(
 def _begin(dst: Path, key: str, layout: NewLayout) -> Journal:
     """The journal of this very conversion, begun or found; what another one has left is removed."""
     staged = staged_folder(dst)
+    if staged.is_symlink():  # not ours: we make folders
+        staged.unlink()
     if not Journal.is_of(staged, key):
         shutil.rmtree(staged, ignore_errors=True)
     held = sum(path.stat().st_blocks * 512 for path in staged.rglob("*") if path.is_file())

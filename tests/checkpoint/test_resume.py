@@ -101,6 +101,17 @@ def test_interrupted_at_its_end(
     assert not (tmp_path / "out" / executing.JOURNAL).exists()
 
 
+def test_a_link_in_the_place_of_what_is_left_is_not_followed(make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("kept")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "other")
+    convert(source, tmp_path / "out", "torch_dist")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["precious"]
+    assert not (tmp_path / "out").is_symlink()
+    verify(source, tmp_path / "out")
+
+
 def test_places_that_cannot_take_the_name(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_model(tmp_path / "hf")
     (tmp_path / "empty").mkdir()
