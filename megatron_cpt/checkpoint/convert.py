@@ -20,7 +20,7 @@ from megatron_cpt.checkpoint.files import file_inside, require_space
 from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, hf_config
 from megatron_cpt.checkpoint.huggingface import lay_out_hf
 from megatron_cpt.checkpoint.layout import NewLayout, Target, check_layout
-from megatron_cpt.checkpoint.manifest import write_checkpoint_manifest
+from megatron_cpt.checkpoint.manifest import SEALS, write_checkpoint_manifest
 from megatron_cpt.checkpoint.meta import lay_out_meta
 from megatron_cpt.checkpoint.meta_params import PARAMS
 from megatron_cpt.checkpoint.model_card import model_card
@@ -29,7 +29,7 @@ from megatron_cpt.checkpoint.nxd import lay_out_nxd
 from megatron_cpt.checkpoint.opening import open_checkpoint, state_of_files
 from megatron_cpt.checkpoint.reader import num_bytes, weights_sha256
 from megatron_cpt.checkpoint.runs import StoredModel
-from megatron_cpt.checkpoint.seal import seal_files
+from megatron_cpt.checkpoint.seal import check_manifest, seal_files
 from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, end_tokens, matching_tokenizer
 from megatron_cpt.checkpoint.torch_dist import lay_out_torch_dist
 from megatron_cpt.config.folders import check_apart, check_free, resumable_folder, staged_folder, sync_folder
@@ -101,10 +101,13 @@ def convert(
     Raises:
         InputError: source, destination, tokenizer or layout cannot be used, or the optimizer's state is not of these
             weights; nothing is left behind.
+        VerificationError: the source's own manifest was changed after it was written.
         OSError: what the system refuses; what was done stays for the next call.
     """
     src, dst = Path(src), Path(os.path.abspath(dst))
     source = open_checkpoint(src, hints=hints)
+    if any(name in source.stated for name in SEALS):
+        check_manifest(source.folder)
     to = to or ("torch_dist" if source.format == "hf" else "hf")
     target = Target(to, tp, pp, vpp, spec, vocab_divisor, optimizer_form)
     if source.holds_optimizer and wants_state(target, optimizer, masters):

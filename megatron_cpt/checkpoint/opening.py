@@ -44,6 +44,9 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
 
 
 def _open(folder: Path, with_optimizer: bool, hints: Hints | None) -> StoredModel:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}, expected the folder of a checkpoint; check the path")
     if (folder / METADATA).exists():
         return open_torch_dist(folder, with_optimizer, hints)
     if is_mp_rank(folder):

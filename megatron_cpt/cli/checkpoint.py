@@ -30,59 +30,73 @@ VocabSizeOption = Annotated[
 ]
 
 
+ToOption = Annotated[
+    Literal["hf", "torch_dist", "mp_rank", "meta", "nxd"] | None,
+    typer.Option(help="Format to write; default: hf, or torch_dist where SRC is hf."),
+]
+SpecOption = Annotated[
+    Literal["te", "local"],
+    typer.Option(help="mp_rank: names of Transformer Engine's or of local modules.", rich_help_panel=_LAYOUT),
+]
+OptimizerOption = Annotated[
+    bool,
+    typer.Option(
+        "--optimizer/--no-optimizer",
+        help="Megatron: the optimizer's state goes along, if any.",
+        rich_help_panel=_STATE,
+    ),
+]
+OptimizerFormOption = Annotated[
+    Literal["distributed", "plain"],
+    typer.Option(help="mp_rank: of --use-distributed-optimizer, or without it.", rich_help_panel=_STATE),
+]
+MastersOption = Annotated[
+    bool,
+    typer.Option("--masters", help="Write the optimizer's float32 masters as weights.", rich_help_panel=_STATE),
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast every tensor; default: as it is.")
+]
+DivisorOption = Annotated[
+    int, typer.Option(min=1, help="Megatron: pad the vocabulary to a multiple.", rich_help_panel=_LAYOUT)
+]
+TpOption = Annotated[
+    int, typer.Option(min=1, help="Tensor-parallel size of a format cut by rank.", rich_help_panel=_LAYOUT)
+]
+PpOption = Annotated[int, typer.Option(min=1, help="Pipeline-parallel size, likewise.", rich_help_panel=_LAYOUT)]
+VppOption = Annotated[
+    int, typer.Option(min=1, help="Model chunks of each pipeline rank, likewise.", rich_help_panel=_LAYOUT)
+]
+BosOption = Annotated[
+    int | None, typer.Option(min=0, help="Id of the token that begins a text.", rich_help_panel=_TOLD)
+]
+EosOption = Annotated[int | None, typer.Option(min=0, help="Id of the token that ends a text.", rich_help_panel=_TOLD)]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Tensors at once; default: the cores, up to 8.")]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="Tokenizer folder; default: the source's own.", rich_help_panel=_TOLD)
+]
+
+
 @app.command()
 def convert(
     src: Folder,
     dst: Annotated[Path, typer.Argument(help="Folder to make; must be new or empty.")],
-    to: Annotated[
-        Literal["hf", "torch_dist", "mp_rank", "meta", "nxd"] | None,
-        typer.Option(help="Format to write; default: hf, or torch_dist where SRC is hf."),
-    ] = None,
-    tp: Annotated[
-        int, typer.Option(min=1, help="Tensor-parallel size of a format cut by rank.", rich_help_panel=_LAYOUT)
-    ] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size, likewise.", rich_help_panel=_LAYOUT)] = 1,
-    vpp: Annotated[
-        int, typer.Option(min=1, help="Model chunks of each pipeline rank, likewise.", rich_help_panel=_LAYOUT)
-    ] = 1,
-    spec: Annotated[
-        Literal["te", "local"],
-        typer.Option(help="mp_rank: names of Transformer Engine's or of local modules.", rich_help_panel=_LAYOUT),
-    ] = "te",
-    optimizer: Annotated[
-        bool,
-        typer.Option(
-            "--optimizer/--no-optimizer",
-            help="Megatron: the optimizer's state goes along, if any.",
-            rich_help_panel=_STATE,
-        ),
-    ] = True,
-    optimizer_form: Annotated[
-        Literal["distributed", "plain"],
-        typer.Option(help="mp_rank: of --use-distributed-optimizer, or without it.", rich_help_panel=_STATE),
-    ] = "distributed",
-    masters: Annotated[
-        bool,
-        typer.Option("--masters", help="Write the optimizer's float32 masters as weights.", rich_help_panel=_STATE),
-    ] = False,
-    vocab_divisor: Annotated[
-        int, typer.Option(min=1, help="Megatron: pad the vocabulary to a multiple.", rich_help_panel=_LAYOUT)
-    ] = 128,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer folder; default: the source's own.", rich_help_panel=_TOLD)
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast every tensor; default: as it is.")
-    ] = None,
+    to: ToOption = None,
+    tp: TpOption = 1,
+    pp: PpOption = 1,
+    vpp: VppOption = 1,
+    spec: SpecOption = "te",
+    optimizer: OptimizerOption = True,
+    optimizer_form: OptimizerFormOption = "distributed",
+    masters: MastersOption = False,
+    vocab_divisor: DivisorOption = 128,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
     config: ConfigOption = None,
     vocab_size: VocabSizeOption = None,
-    bos: Annotated[
-        int | None, typer.Option(min=0, help="Id of the token that begins a text.", rich_help_panel=_TOLD)
-    ] = None,
-    eos: Annotated[
-        int | None, typer.Option(min=0, help="Id of the token that ends a text.", rich_help_panel=_TOLD)
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Tensors at once; default: the cores, up to 8.")] = None,
+    bos: BosOption = None,
+    eos: EosOption = None,
+    workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:

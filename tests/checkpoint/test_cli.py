@@ -38,7 +38,9 @@ def test_convert_verify_and_show(make_model, tmp_path: Path, capsys: pytest.Capt
 def test_wrong_input_is_answered_with_code_2(make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_model(tmp_path / "hf")
     for words, message in (
-        (("show", tmp_path / "nothing"), "neither config.json"),
+        (("show", tmp_path / "nothing"), "does not exist"),
+        (("show", tmp_path), "neither config.json"),
+        (("show", source / "config.json"), "is a file"),
         (("convert", source, source, "--to", "torch_dist"), "already holds files"),
         (("convert", source, tmp_path / "out", "--to", "zip"), "'hf', 'torch_dist'"),
         (("convert", source, tmp_path / "out", "--to", "torch_dist", "--tokenizer", tmp_path), "holds neither"),

@@ -22,6 +22,7 @@ from megatron_cpt.checkpoint import (
     write_hf,
 )
 from megatron_cpt.checkpoint.convert import FORMATS
+from megatron_cpt.checkpoint.manifest import SEALS
 from megatron_cpt.config.manifest import sha256_file
 from megatron_cpt.errors import CheckpointError, InputError, TokenizerError
 
@@ -144,7 +145,8 @@ def test_end_tokens_come_from_the_tokenizer_when_nothing_states_them(make_model,
     convert(source, tmp_path / "stored", "torch_dist")
     manifest = tmp_path / "stored" / "manifest.json"
     content = json.loads(manifest.read_text())
-    del content["bos_token_id"], content["eos_token_id"]
+    for name in ("bos_token_id", "eos_token_id", *SEALS):
+        del content[name]
     manifest.write_text(json.dumps(content))
     write_tokenizer(tmp_path / "tokenizer")
     convert(tmp_path / "stored", tmp_path / "a", "hf", tokenizer=tmp_path / "tokenizer", eos_token_id=8)

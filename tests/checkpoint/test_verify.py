@@ -206,3 +206,13 @@ def test_a_cast_to_its_own_dtype_has_no_error_to_tell(make_model, tmp_path: Path
     convert(make_model(tmp_path / "hf"), tmp_path / "same", "hf", dtype="float32")
     assert "Cast" not in (tmp_path / "same" / "README.md").read_text()
     assert verify(tmp_path / "hf", tmp_path / "same")["equal"]
+
+
+def test_a_changed_manifest_is_not_converted(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """It would make another model of the same weights, and a sound new manifest for it."""
+    _, stored = pair
+    path = stored / "manifest.json"
+    path.write_text(path.read_text().replace('"vocab_size": 133', '"vocab_size": 100'))
+    with pytest.raises(VerificationError, match="changed after it was written, so it proves nothing"):
+        convert(stored, tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
