@@ -24,6 +24,7 @@ from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.layout import NewLayout
 from megatron_cpt.checkpoint.reader import bits, num_bytes, raw_bytes, row_blocks
 from megatron_cpt.checkpoint.runs import StoredModel, write_exactly, write_runs
+from megatron_cpt.config.folders import sync_path
 from megatron_cpt.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
@@ -134,11 +135,8 @@ def execute(
         return _Done(name, digest, error, False)
 
     order = sorted(layout.tensors, key=lambda name: _place_in_order(name, layout.tensors[name].shape))
-    paths = [folder / file.name for file in layout.files]
-    with ThreadPoolExecutor(workers) as pool:
-        with _flushing(paths):
-            done = list(_collected(pool, work, order))
-        list(pool.map(_sync, paths))
+    with ThreadPoolExecutor(workers) as pool, _flushing([folder / file.name for file in layout.files]):
+        done = list(_collected(pool, work, order))
     facts: dict[str, int | float] = {"resumed": sum(each.resumed for each in done)}
     errors = [each.error for each in done if layout.tensors[each.name].dtype != source.dtype(each.name)]
     if errors:
@@ -254,14 +252,14 @@ def _copies_agree(folder: Path, layout: NewLayout, target: StoredModel, name: st
 
 @contextmanager
 def _flushing(paths: Sequence[Path]) -> Iterator[None]:
-    """Bring files to disk while they are being written, so that little is left to wait for at the end."""
+    """Bring files to disk while they are being written, so that little is left for whoever does it at the end."""
     finished = threading.Event()
 
     def flush() -> None:
         while not finished.wait(FLUSH_SECONDS):
             for path in paths:
                 if not finished.is_set():
-                    _sync(path)
+                    sync_path(path)
 
     with ThreadPoolExecutor(1) as beside:
         flushed = beside.submit(flush)
@@ -270,14 +268,6 @@ def _flushing(paths: Sequence[Path]) -> Iterator[None]:
         finally:
             finished.set()
         flushed.result()  # the system tells of a failed write once, maybe here
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Tally:

@@ -16,7 +16,7 @@ from megatron_cpt.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Target:
-    """The form of a new checkpoint; a format ignores what it has no use for.
+    """The form of a new checkpoint; `convert` refuses sizes that a format has no use for.
 
     Attributes:
         format: "hf", "torch_dist", "mp_rank", "meta" or "nxd".

@@ -129,9 +129,9 @@ def open_mp_rank(folder: str | Path, hints: Hints | None = None, with_optimizer:
         named.padding,
         named.copies,
         described.stated,
-        layout,
-        facts,
-        holds,
+        layout=layout,
+        optimizer=facts,
+        holds_optimizer=holds,
     )
 
 

@@ -41,7 +41,7 @@ from megatron_cpt.checkpoint.metadata import (
 )
 from megatron_cpt.checkpoint.rank_parts import Key, Named, RankBoxes
 from megatron_cpt.checkpoint.reader import num_bytes, row_blocks
-from megatron_cpt.checkpoint.runs import STATES, WEIGHTS, Box, StoredModel
+from megatron_cpt.checkpoint.runs import MASTER, STATES, WEIGHTS, Box, StoredModel
 from megatron_cpt.checkpoint.torch_dist_optimizer import STORED_STATES, TorchDistState, common_state
 from megatron_cpt.config.manifest import MANIFEST, write_json_atomic
 from megatron_cpt.errors import CheckpointError
@@ -163,7 +163,6 @@ def lay_out_torch_dist(
     source: StoredModel,
     dtypes: Mapping[str, torch.dtype],
     padded_size: int,
-    common: Mapping[str, Any] | None = None,
     chunk_bytes: int = MAX_CHUNK_BYTES,
 ) -> NewLayout:
     """Lay out tensors in chunks of one layer and at most `chunk_bytes`.
@@ -172,7 +171,6 @@ def lay_out_torch_dist(
         source: the model.
         dtypes: by name, of each tensor that is written, the state of an optimizer among them.
         padded_size: rows of the vocabulary tables.
-        common: what else common.pt holds.
         chunk_bytes: largest chunk.
     """
     files = _Files()
@@ -201,13 +199,13 @@ def lay_out_torch_dist(
         key: StoredObject(*files.add(len(nothing), [(0, nothing)]))
         for key in _extra_state_keys(source.llama.num_layers)
     }
-    begin = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}, **(common or {})}
-    if source.optimizer is not None and f"master/{EMBEDDING}" in dtypes:
+    common: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
+    if source.optimizer is not None and f"{MASTER}/{EMBEDDING}" in dtypes:
         step = source.stated.get("step") or source.optimizer.step
         kind = str(dtypes[EMBEDDING]).removeprefix("torch.")
         args = args_of_llama(source.llama, source.vocab_size, padded_size, padded_size, kind)
-        begin |= common_state(source.optimizer, args, step)
-    finish = partial(_finish, tensors=index, objects=objects, common=begin)
+        common |= common_state(source.optimizer, args, step)
+    finish = partial(_finish, tensors=index, objects=objects, common=common)
     return NewLayout(files.made(), named.tensors, finish, named.padding)
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_cpt.checkpoint.carried_state import masters_as_weights
+from megatron_cpt.checkpoint.described import Hints
 from megatron_cpt.checkpoint.execute import Tally, blocks_of, num_workers
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.logits import check_logits
-from megatron_cpt.checkpoint.opening import Hints, open_checkpoint
+from megatron_cpt.checkpoint.opening import open_checkpoint
 from megatron_cpt.checkpoint.reader import bits, num_bytes, raw_bytes, weights_sha256
 from megatron_cpt.checkpoint.runs import STATES, StoredModel, total_bytes
 from megatron_cpt.checkpoint.seal import broken_seals, check_manifest, unlisted_files

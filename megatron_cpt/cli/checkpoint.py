@@ -28,15 +28,23 @@ VocabSizeOption = Annotated[
         min=1, help="Size of the vocabulary, where SRC does not say what of it is padding.", rich_help_panel=_TOLD
     ),
 ]
-
-
 ToOption = Annotated[
     Literal["hf", "torch_dist", "mp_rank", "meta", "nxd"] | None,
     typer.Option(help="Format to write; default: hf, or torch_dist where SRC is hf."),
 ]
+TpOption = Annotated[
+    int, typer.Option(min=1, help="Tensor-parallel size of a format cut by rank.", rich_help_panel=_LAYOUT)
+]
+PpOption = Annotated[int, typer.Option(min=1, help="Pipeline-parallel size, likewise.", rich_help_panel=_LAYOUT)]
+VppOption = Annotated[
+    int, typer.Option(min=1, help="Model chunks of each pipeline rank, likewise.", rich_help_panel=_LAYOUT)
+]
 SpecOption = Annotated[
     Literal["te", "local"],
     typer.Option(help="mp_rank: names of Transformer Engine's or of local modules.", rich_help_panel=_LAYOUT),
+]
+DivisorOption = Annotated[
+    int, typer.Option(min=1, help="Megatron: pad the vocabulary to a multiple.", rich_help_panel=_LAYOUT)
 ]
 OptimizerOption = Annotated[
     bool,
@@ -54,27 +62,17 @@ MastersOption = Annotated[
     bool,
     typer.Option("--masters", help="Write the optimizer's float32 masters as weights.", rich_help_panel=_STATE),
 ]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="Tokenizer folder; default: the source's own.", rich_help_panel=_TOLD)
+]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast every tensor; default: as it is.")
-]
-DivisorOption = Annotated[
-    int, typer.Option(min=1, help="Megatron: pad the vocabulary to a multiple.", rich_help_panel=_LAYOUT)
-]
-TpOption = Annotated[
-    int, typer.Option(min=1, help="Tensor-parallel size of a format cut by rank.", rich_help_panel=_LAYOUT)
-]
-PpOption = Annotated[int, typer.Option(min=1, help="Pipeline-parallel size, likewise.", rich_help_panel=_LAYOUT)]
-VppOption = Annotated[
-    int, typer.Option(min=1, help="Model chunks of each pipeline rank, likewise.", rich_help_panel=_LAYOUT)
 ]
 BosOption = Annotated[
     int | None, typer.Option(min=0, help="Id of the token that begins a text.", rich_help_panel=_TOLD)
 ]
 EosOption = Annotated[int | None, typer.Option(min=0, help="Id of the token that ends a text.", rich_help_panel=_TOLD)]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Tensors at once; default: the cores, up to 8.")]
-TokenizerOption = Annotated[
-    Path | None, typer.Option(help="Tokenizer folder; default: the source's own.", rich_help_panel=_TOLD)
-]
 
 
 @app.command()

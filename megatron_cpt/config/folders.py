@@ -74,17 +74,18 @@ def resumable_folder(folder: Path, error: type[InputError]) -> Iterator[Path]:
     if folder.is_dir():
         folder.rmdir()
     os.replace(staged, folder)
-    _sync(folder.parent)
+    sync_path(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Bring a folder and all that is in it to disk."""
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
-        _sync(path)
-    _sync(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Bring a file's bytes, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -71,9 +71,9 @@ class BlockwiseAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def build(shape: LlamaShape, padded_vocab_size: int, layout: Layout, num_tokens: int = 0) -> list[GPTModel]:
-    """The chunks of this rank; `num_tokens` long texts are to be read by them."""
-    config = TransformerConfig(
+def config_of(shape: LlamaShape, layout: Layout, dtype: torch.dtype, **settings: Any) -> TransformerConfig:
+    """What megatron-core needs to know of a Llama, without what needs a GPU."""
+    return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -90,15 +90,27 @@ def build(shape: LlamaShape, padded_vocab_size: int, layout: Layout, num_tokens:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual,
-        pipeline_dtype=torch.float32,
-        overlap_p2p_comm=layout.virtual is not None,
-        batch_p2p_comm=layout.virtual is None,
-        deallocate_pipeline_outputs=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        **settings,
+    )
+
+
+def build(shape: LlamaShape, padded_vocab_size: int, layout: Layout, num_tokens: int = 0) -> list[GPTModel]:
+    """The chunks of this rank; `num_tokens` long texts are to be read by them."""
+    config = config_of(
+        shape,
+        layout,
+        torch.float32,
+        overlap_p2p_comm=layout.virtual is not None,
+        batch_p2p_comm=layout.virtual is None,
+        deallocate_pipeline_outputs=False,
     )
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     if num_tokens > OWN_ATTENTION_TOKENS:

@@ -80,7 +80,7 @@ def test_a_full_disk_costs_nothing_that_is_done(make_model, tmp_path: Path, monk
     [
         ("checkpoint.convert", "seal_files"),
         ("checkpoint.convert", "write_checkpoint_manifest"),
-        ("config.folders", "_sync"),
+        ("config.folders", "sync_path"),
     ],
 )
 def test_interrupted_at_its_end(

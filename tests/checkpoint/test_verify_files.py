@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_cpt.checkpoint import convert, open_hf, verify
 from megatron_cpt.checkpoint.huggingface import lay_out_hf
@@ -46,11 +47,10 @@ def test_a_model_beside_the_model(export: Path, source: Path, make_model, tmp_pa
 
 def test_transformers_takes_the_one_file(export: Path, make_model, tmp_path: Path) -> None:
     """What the refusal rests on."""
-    transformers = pytest.importorskip("transformers")
     other = make_model(tmp_path / "other", seed=1)
     tensors = {name: t for file in other.glob("*.safetensors") for name, t in load_file(file).items()}
     save_file(tensors, export / "model.safetensors", {"format": "pt"})
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).state_dict()
     assert torch.equal(loaded["lm_head.weight"], tensors["lm_head.weight"])
 
 
