@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint.archive_pickle import Array, Unpickler, pickled
+from megatron_cpt.checkpoint.files import one_line
 from megatron_cpt.checkpoint.reader import num_bytes
 from megatron_cpt.errors import CheckpointError
 
@@ -117,8 +118,7 @@ def _opened(path: Path, start: int, length: int | None) -> Iterator[_Slice]:
             raise ValueError(f"bytes {start} to {start + length} were expected, and the file has {status.st_size}")
         yield _Slice(file, start, length)
     except Exception as caught:  # a damaged archive can fail in any way
-        reason = (str(caught) if isinstance(caught, ValueError) else repr(caught))[:300]
-        reason = "".join(sign if sign.isprintable() else "?" for sign in reason)
+        reason = one_line(str(caught) if isinstance(caught, ValueError) else repr(caught), 300)
         raise CheckpointError(
             f"{path}: the torch.save archive at byte {start} is damaged or unsafe ({reason}); "
             "copy it again, or save it again with torch 1.6 or newer"

@@ -67,6 +67,11 @@ def json_inside(folder: Path, name: str) -> Path:
     return path
 
 
+def one_line(told: str, length: int) -> str:
+    """A text that a file may have had a part in, for a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in told[:length])
+
+
 def brief(value: Any) -> str:
     """How a message names a value of a checkpoint: a text or number as it is written, at most 60 signs of it."""
     told = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__

@@ -19,6 +19,7 @@ HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 STORED_EMBEDDING = "embedding.word_embeddings.weight"
 STORED_HEAD = "output_layer.weight"
+STORED_FINAL_NORM = "decoder.final_layernorm.weight"
 LAYERS = "decoder.layers."
 MAX_SIZE = 2**31 - 1  # of any dimension of a Llama
 
@@ -93,7 +94,7 @@ def stored_shapes(shape: LlamaShape, padded_size: int) -> dict[str, tuple[int, .
         LAYERS + "mlp.linear_fc1.layer_norm_weight": (layers, hidden),
         LAYERS + "mlp.linear_fc1.weight": (layers, 2 * ffn, hidden),
         LAYERS + "mlp.linear_fc2.weight": (layers, hidden, ffn),
-        "decoder.final_layernorm.weight": (hidden,),
+        STORED_FINAL_NORM: (hidden,),
     }
     if not shape.tied_embeddings:
         shapes[STORED_HEAD] = (padded_size, hidden)
@@ -124,7 +125,7 @@ def placements(shape: LlamaShape, vocab_size: int) -> dict[str, Placement]:
     for layer in range(shape.num_layers):
         for name, (key, runs) in inside.items():
             table[f"model.layers.{layer}.{name}"] = Placement(LAYERS + key, layer, runs)
-    table[FINAL_NORM] = Placement("decoder.final_layernorm.weight", None, ((0, 0, hidden),))
+    table[FINAL_NORM] = Placement(STORED_FINAL_NORM, None, ((0, 0, hidden),))
     if not shape.tied_embeddings:
         table[HEAD] = Placement(STORED_HEAD, None, ((0, 0, vocab_size),))
     return table

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_cpt.checkpoint.described import Hints
-from megatron_cpt.checkpoint.files import json_inside
+from megatron_cpt.checkpoint.files import json_inside, one_line
 from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
 from megatron_cpt.checkpoint.hf_tables import HFTables
 from megatron_cpt.checkpoint.huggingface import open_hf
@@ -91,20 +91,15 @@ def _told(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except CptError as caught:
-        if (line := _one_line(str(caught), 2000)) != str(caught):
+        if (line := one_line(str(caught), 2000)) != str(caught):
             raise type(caught)(line) from caught
         raise
     except OSError:
         raise
     except Exception as caught:
         raise CheckpointError(
-            f"{folder}: the checkpoint is damaged or unsafe ({_one_line(repr(caught), 300)}); copy or make it again"
+            f"{folder}: the checkpoint is damaged or unsafe ({one_line(repr(caught), 300)}); copy or make it again"
         ) from caught
-
-
-def _one_line(told: str, length: int) -> str:
-    """A text that a file may have had a part in, for a terminal."""
-    return "".join(sign if sign.isprintable() else "?" for sign in told[:length])
 
 
 def _newest(folder: Path) -> Path:

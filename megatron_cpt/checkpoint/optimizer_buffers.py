@@ -14,7 +14,7 @@ from megatron_cpt.checkpoint.rank_parts import Piece
 from megatron_cpt.checkpoint.runs import STATES
 from megatron_cpt.errors import CheckpointError
 
-# State -> its name in Megatron's distributed optimizer.
+# State -> its name in Megatron's distributed optimizer, in buffers and by parameter.
 BUFFER_STATES = dict(zip(STATES, ("param", "exp_avg", "exp_avg_sq"), strict=True))
 _PARAMETERS = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_cpt.checkpoint.llama import EMBEDDING, HEAD, LAYERS, STORED_EMBEDDING, STORED_HEAD, hf_shapes, placements
+from megatron_cpt.checkpoint.llama import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    STORED_EMBEDDING,
+    STORED_FINAL_NORM,
+    STORED_HEAD,
+    hf_shapes,
+    placements,
+)
 from megatron_cpt.checkpoint.optimizer_state import LEAVE_BEHIND
 from megatron_cpt.checkpoint.runs import WEIGHTS, Box, Placed, Rows, check_runs, place
 from megatron_cpt.config.schema import LlamaShape
@@ -35,7 +44,6 @@ _TE_ORDER = (
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 )
-FINAL_NORM = "decoder.final_layernorm.weight"
 _BY_COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _GATE_AND_UP = "mlp.linear_fc1.weight"
 Key = tuple[str, int | None]  # stored tensor, layer
@@ -138,7 +146,7 @@ def chunk_names(
             if inside.endswith(".weight") and "linear_" in inside:  # strict loading asks for it, of Transformer Engine
                 yield f"{LAYERS}{local}.{inside.removesuffix('weight')}_extra_state", None
     if ends:
-        yield FINAL_NORM, (FINAL_NORM, None)
+        yield STORED_FINAL_NORM, (STORED_FINAL_NORM, None)
         if not llama.tied_embeddings or staged:
             yield STORED_HEAD, (STORED_HEAD, None)
 

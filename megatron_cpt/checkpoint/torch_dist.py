@@ -39,10 +39,11 @@ from megatron_cpt.checkpoint.metadata import (
     read_metadata,
     write_index,
 )
+from megatron_cpt.checkpoint.optimizer_buffers import BUFFER_STATES
 from megatron_cpt.checkpoint.rank_parts import Key, Named, RankBoxes
 from megatron_cpt.checkpoint.reader import num_bytes, row_blocks
 from megatron_cpt.checkpoint.runs import MASTER, STATES, WEIGHTS, Box, StoredModel
-from megatron_cpt.checkpoint.torch_dist_optimizer import STORED_STATES, TorchDistState, common_state
+from megatron_cpt.checkpoint.torch_dist_optimizer import TorchDistState, common_state
 from megatron_cpt.config.manifest import MANIFEST, write_json_atomic
 from megatron_cpt.errors import CheckpointError
 
@@ -181,7 +182,7 @@ def lay_out_torch_dist(
         prefix = "" if kind == WEIGHTS else f"{kind}/"
         if prefix + EMBEDDING not in dtypes:
             continue
-        stored_prefix = "" if kind == WEIGHTS else f"optimizer.state.{STORED_STATES[kind]}."
+        stored_prefix = "" if kind == WEIGHTS else f"optimizer.state.{BUFFER_STATES[kind]}."
         boxes: Boxes = defaultdict(list)
         by_key: dict[Key, torch.dtype] = {}
         for key, size in stored_shapes(source.llama, padded_size).items():

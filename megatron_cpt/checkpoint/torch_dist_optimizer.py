@@ -29,11 +29,10 @@ from megatron_cpt.checkpoint.optimizer_state import (
     nested_values,
 )
 from megatron_cpt.checkpoint.rank_parts import Piece, RankBoxes, chunk_names, local_shape
-from megatron_cpt.checkpoint.runs import STATES, number_of
+from megatron_cpt.checkpoint.runs import MASTER, STATES, number_of
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
-STORED_STATES = BUFFER_STATES
 SHARDING = "fully_reshardable"
 _NAMED = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)", re.DOTALL)
 _GROUP = r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d{1,6})\."
@@ -42,7 +41,7 @@ _BUCKET = re.compile(
 )
 _GATHERED = re.compile(_GROUP + r"param_state/shard_0_1")
 _SETTINGS = re.compile(_GROUP + r"optimizer/shard_0_1")
-_STATE_OF = {"fp32_param": "master"} | {stored: state for state, stored in BUFFER_STATES.items()}
+_STATE_OF = {"fp32_param": MASTER} | {stored: state for state, stored in BUFFER_STATES.items()}
 ADVICE = (
     "save it once with --dist-ckpt-optim-fully-reshardable (or, before Megatron-LM 0.15, with "
     f"--no-ckpt-fully-parallel-save), or {LEAVE_BEHIND}"
