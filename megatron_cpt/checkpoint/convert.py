@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 from megatron_cpt import __version__
 from megatron_cpt.checkpoint.carried_state import carried_state, masters_as_weights, wants_state
 from megatron_cpt.checkpoint.described import Hints, megatron_flags
-from megatron_cpt.checkpoint.execute import Journal, execute, num_workers, peak_bytes
+from megatron_cpt.checkpoint.execute import JOURNAL, Journal, execute, num_workers, peak_bytes
 from megatron_cpt.checkpoint.files import file_inside, require_space
 from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, hf_config
 from megatron_cpt.checkpoint.huggingface import lay_out_hf
@@ -42,7 +42,13 @@ Format = Literal["hf", "torch_dist", "mp_rank", "meta", "nxd"]
 FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "mp_rank", "meta", "nxd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a format has no use for.
-_IGNORED = {"hf": ("tp", "pp", "vpp"), "torch_dist": ("tp", "pp", "vpp"), "meta": ("pp", "vpp"), "nxd": ("vpp",)}
+_LEGACY = ("vpp", "spec", "optimizer_form")
+_IGNORED = {
+    "hf": ("tp", "pp", *_LEGACY, "vocab_divisor"),
+    "torch_dist": ("tp", "pp", *_LEGACY),
+    "meta": ("pp", *_LEGACY, "vocab_divisor"),
+    "nxd": (*_LEGACY, "vocab_divisor"),
+}
 _CARRIED = ("step", "bos_token_id", "eos_token_id", "huggingface", "assumed")
 
 
@@ -181,8 +187,17 @@ def _plan(
         raise CheckpointError(f"got the format {target.format!r}, expected one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"got dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if useless := [f"--{name}" for name in _IGNORED.get(target.format, ()) if getattr(target, name) != 1]:
-        raise CheckpointError(f"got {', '.join(useless)} for {target.format}, which is not cut so; leave it out")
+    plain = Target(target.format)
+    useless = [name for name in _IGNORED.get(target.format, ()) if getattr(target, name) != getattr(plain, name)]
+    if useless:
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+        raise CheckpointError(f"got {told} for {target.format}, which has no use for it; leave it out")
+    for name, value in given.items():
+        for token in (value if isinstance(value, list) else [value]) if name.endswith("_token_id") else ():
+            if not 0 <= token < source.vocab_size:
+                raise CheckpointError(
+                    f"got {name} {token}, expected an id below {source.vocab_size}, the size of the vocabulary"
+                )
     dtypes = {name: source.dtype(name) if dtype is None else DTYPES[dtype] for name in source.names()}
     facts, folder = _facts(source, dtypes, tokenizer)
     source, state, told = carried_state(source, target, dtypes, optimizer)
@@ -244,12 +259,25 @@ def _begin(dst: Path, key: str, layout: NewLayout) -> Journal:
     staged = staged_folder(dst)
     if staged.is_symlink():  # not ours: we make folders
         staged.unlink()
-    if not Journal.is_of(staged, key):
+    if Journal.is_of(staged, key):
+        _remove_strangers(staged, {JOURNAL, *(file.name for file in layout.files)})
+    else:
         shutil.rmtree(staged, ignore_errors=True)
     held = sum(path.stat().st_blocks * 512 for path in staged.rglob("*") if path.is_file())
     require_space(staged, max(0, layout.num_bytes - held))
     staged.mkdir(parents=True, exist_ok=True)
     return Journal(staged, key)
+
+
+def _remove_strangers(staged: Path, known: Set[str]) -> None:
+    """Remove what an unfinished folder holds beside files of its plan: a killed attempt's last files, or a user's."""
+    for path in sorted(staged.rglob("*"), reverse=True):
+        name = path.relative_to(staged).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            if not any(file.startswith(f"{name}/") for file in known):
+                path.rmdir()
+        elif name not in known or path.is_symlink():
+            path.unlink()
 
 
 def _write_manifest(

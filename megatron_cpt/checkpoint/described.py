@@ -19,6 +19,8 @@ from megatron_cpt.config.manifest import MANIFEST, read_json
 from megatron_cpt.config.schema import LlamaShape, RopeScaling
 from megatron_cpt.errors import CheckpointError
 
+UNKNOWN_VOCAB = "unknown_vocab"
+
 
 @dataclass(frozen=True)
 class Hints:
@@ -27,10 +29,15 @@ class Hints:
     Attributes:
         config: a config.json, or the folder of one, that describes the architecture.
         vocab_size: rows of the vocabulary that an id can reach.
+        tokenizer_size: ids of its tokenizer: the size of the vocabulary where nothing else says it.
+        vocab_known: whether a checkpoint is refused that does not say what of its vocabulary is padding; else all of
+            it counts, and `stated` has `UNKNOWN_VOCAB`.
     """
 
     config: Path | None = None
     vocab_size: int | None = None
+    tokenizer_size: int | None = None
+    vocab_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,23 +113,56 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
     stated = {"step": step} if step else {}
     vocab_size = hints.vocab_size
     if hints.config is not None:
-        path = hints.config / CONFIG if hints.config.is_dir() else hints.config
-        llama, config_size = parse_hf_config(read_json(path, CheckpointError), str(path))
+        llama, config_size = told_by_config(hints.config)
         vocab_size = vocab_size or config_size
     elif args:
         llama = llama_of_args(args, str(folder))
-        vocab_size = vocab_size or args.get("vocab_size")
+        vocab_size = vocab_size or args.get("vocab_size") or hints.tokenizer_size
     else:
         raise CheckpointError(
             f"{folder} holds neither {MANIFEST} nor Megatron's arguments, so nothing says what model it is; give the "
             "config.json of the model with --config"
         )
+    if vocab_size is None and not hints.vocab_known:
+        return Described(llama, stored_rows, {**stated, UNKNOWN_VOCAB: True})
     if type(vocab_size) is not int or not 0 < vocab_size <= stored_rows:
         raise CheckpointError(
             f"{folder} stores {stored_rows} rows of vocabulary and says {brief(vocab_size)} of how many an id can reach"
             "; give the number with --vocab-size, or the tokenizer with --tokenizer"
         )
     return Described(llama, vocab_size, stated)
+
+
+def told_by_config(config: Path) -> tuple[LlamaShape, int]:
+    """The architecture and the vocabulary of a config.json, or of the one in a folder, that a user gives."""
+    path = config / CONFIG if config.is_dir() else config
+    return parse_hf_config(read_json(path, CheckpointError), str(path))
+
+
+def check_hints(hints: Hints, folder: Path, llama: LlamaShape, vocab_size: int) -> None:
+    """Raise CheckpointError where a checkpoint was found to be another model than its user says."""
+    if hints.vocab_size not in (None, vocab_size):
+        raise CheckpointError(
+            f"{folder} itself says a vocabulary of {vocab_size}, not {hints.vocab_size} as --vocab-size; leave the "
+            "option out, or give the checkpoint that it is of"
+        )
+    if (hints.tokenizer_size or 0) > vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {hints.tokenizer_size} ids, the vocabulary of {folder} {vocab_size} rows; give the "
+            "tokenizer that the model was trained with"
+        )
+    if hints.config is None:
+        return
+    told, told_size = told_by_config(hints.config)
+    theirs, ours = (shape.model_dump() | {"vocab_size": vocab_size} for shape in (told, llama))
+    if hints.vocab_size is None:
+        theirs["vocab_size"] = told_size
+    different = [f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
+    if different:
+        raise CheckpointError(
+            f"{hints.config} is not the config of {folder}: it says {'; '.join(different[:3])}; leave --config out, or "
+            "give the one of this model"
+        )
 
 
 def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:

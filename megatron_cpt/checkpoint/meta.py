@@ -16,9 +16,8 @@ import torch
 
 from megatron_cpt.checkpoint.archive import lay_out_archive, read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array
-from megatron_cpt.checkpoint.described import Hints
+from megatron_cpt.checkpoint.described import Hints, told_by_config
 from megatron_cpt.checkpoint.files import file_inside
-from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
 from megatron_cpt.checkpoint.huggingface import BIN_INDEX, BIN_WEIGHTS, INDEX, WEIGHTS, Stored, dense
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout, Target, hole
 from megatron_cpt.checkpoint.llama import EMBEDDING, FINAL_NORM, HEAD, check_supported, hf_shapes
@@ -35,7 +34,7 @@ from megatron_cpt.checkpoint.meta_params import (
     shape_of,
 )
 from megatron_cpt.checkpoint.runs import Box, Placed, Rows, StoredModel, place, same_rows
-from megatron_cpt.config.manifest import MANIFEST, read_json, write_json_atomic
+from megatron_cpt.config.manifest import MANIFEST, write_json_atomic
 from megatron_cpt.config.schema import LlamaShape
 from megatron_cpt.errors import CheckpointError
 
@@ -75,7 +74,7 @@ def open_meta(folder: str | Path, hints: Hints | None = None) -> StoredModel:
     Args:
         folder: the one with the `.pth` files.
         hints: a config.json decides what is not in the files, and has to agree with what is. All rows belong to the
-            vocabulary here, so a smaller size that is given, such as a tokenizer's, changes nothing.
+            vocabulary here.
 
     Raises:
         CheckpointError: a file is missing, damaged or unsafe, its tensors are not exactly those of the Llama that
@@ -241,11 +240,9 @@ def _told(
 ) -> tuple[str, LlamaShape | None]:
     """Who tells the architecture, and what it is; None where nobody does."""
     hints = hints or Hints()
-    if (hints.vocab_size or 0) > vocab_size:
-        raise CheckpointError(f"{folder} has {vocab_size} rows of vocabulary, fewer than the {hints.vocab_size} given")
     if hints.config is not None:
-        path = hints.config / CONFIG if hints.config.is_dir() else hints.config
-        shape, size = parse_hf_config(read_json(path, CheckpointError), str(path))
+        path = hints.config
+        shape, size = told_by_config(path)
     elif manifest:
         path = folder / MANIFEST
         shape, size = check_supported(manifest["shape"], str(path)), manifest["vocab_size"]

@@ -81,7 +81,7 @@ def open_nxd(folder: str | Path, hints: Hints | None = None) -> StoredModel:
     held = _stored(root, below, ranks, tp, pp)
     cut = _cut(root, llama, tp, held)
     check_cut(llama, cut, str(root), "a rank's file is missing, or config.json is of another model")
-    vocab_size, table_rows = _vocabulary(root, vocab_size, hints.vocab_size, tp, held)
+    vocab_size, table_rows = _vocabulary(root, vocab_size, hints.vocab_size or hints.tokenizer_size, tp, held)
     _check_stored(root, llama, stored_shapes(llama, table_rows, cut), held)
     cut = _in_its_order(root, llama, cut, held)
     tensors, copies = place_all(llama, vocab_size, pieces_of(llama, vocab_size, table_rows, cut), held)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_cpt.checkpoint.described import Hints
+from megatron_cpt.checkpoint.described import Hints, check_hints
 from megatron_cpt.checkpoint.files import json_inside, one_line
 from megatron_cpt.checkpoint.hf_config import CONFIG, parse_hf_config
 from megatron_cpt.checkpoint.hf_tables import HFTables
@@ -37,10 +37,12 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
         hints: what the checkpoint does not say of itself.
 
     Raises:
-        CheckpointError: it is none, damaged, unsafe, or not of a plain Llama.
+        CheckpointError: it is none, damaged, unsafe, not of a plain Llama, or not what the hints say.
     """
     with _told(folder):
-        return _open(_newest(Path(folder)), with_optimizer, hints)
+        model = _open(newest_checkpoint(Path(folder)), with_optimizer, hints)
+        check_hints(hints or Hints(), model.folder, model.llama, model.vocab_size)
+        return model
 
 
 def _open(folder: Path, with_optimizer: bool, hints: Hints | None) -> StoredModel:
@@ -102,7 +104,7 @@ def _told(folder: str | Path) -> Iterator[None]:
         ) from caught
 
 
-def _newest(folder: Path) -> Path:
+def newest_checkpoint(folder: Path) -> Path:
     """The newest complete checkpoint of a training run, where the folder is one; else the folder."""
     complete = [path for path in folder.glob("checkpoints/iter_*") if (path / MANIFEST).exists()]
     return max(complete, key=lambda path: path.name) if complete else folder

@@ -50,19 +50,23 @@ def _files_of(folder: Path) -> Iterator[tuple[str, Path]]:
             yield name.as_posix(), path
 
 
-def check_manifest(folder: Path) -> None:
-    """Look at a folder's manifest itself, if it has one.
+def check_manifest(folder: Path) -> Mapping[str, Any]:
+    """The fields of a folder's manifest after a look at the file itself; empty where it has none.
 
     Raises:
         CheckpointError: it is none of a checkpoint, or holds impossible values.
         VerificationError: it is sealed and not byte for byte as it was written.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    manifest = read_checkpoint_manifest(folder)
     # Any one field of a seal asks for all of it: a damaged name must not make the others worthless.
-    if path.exists() and any(name in SEALS for name in read_checkpoint_manifest(folder)) and not is_intact(path):
+    if any(name in SEALS for name in manifest) and not is_intact(path):
         raise VerificationError(
             f"{path} was changed after it was written, so it proves nothing; restore it, or convert again"
         )
+    return manifest
 
 
 def broken_seals(model: StoredModel) -> list[str]:

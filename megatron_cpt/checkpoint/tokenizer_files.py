@@ -49,11 +49,18 @@ def matching_tokenizer(model_folder: Path, recorded: str | None, given: Path | N
         given: the folder the user named, if any.
 
     Raises:
-        TokenizerError: the named folder holds no tokenizer, or another one than the model's.
+        TokenizerError: the named folder holds no tokenizer, or another one than the model's; or the model's own
+            folder holds another than its manifest records.
     """
-    own = recorded or tokenizer_sha256(model_folder)
+    held = tokenizer_sha256(model_folder)
+    own = recorded or held
     if given is None:
-        return (model_folder if tokenizer_sha256(model_folder) else None), own
+        if held is not None and held != own:
+            raise TokenizerError(
+                f"the tokenizer in {model_folder} was changed: its SHA-256 begins {held[:12]}, the manifest records "
+                f"{recorded[:12]}; restore it, or give the tokenizer that the model was trained with"
+            )
+        return (None if held is None else model_folder), own
     found = tokenizer_sha256(given)
     if found is None:
         raise TokenizerError(

@@ -200,11 +200,13 @@ def lay_out_torch_dist(
         key: StoredObject(*files.add(len(nothing), [(0, nothing)]))
         for key in _extra_state_keys(source.llama.num_layers)
     }
-    common: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
+    kind = str(dtypes[EMBEDDING]).removeprefix("torch.")
+    args = args_of_llama(source.llama, source.vocab_size, padded_size, padded_size, kind)
+    # Megatron compares these with its own before it reads chunks, which are cut for no rank.
+    vars(args).update(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    common: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}, "args": args}
     if source.optimizer is not None and f"{MASTER}/{EMBEDDING}" in dtypes:
         step = source.stated.get("step") or source.optimizer.step
-        kind = str(dtypes[EMBEDDING]).removeprefix("torch.")
-        args = args_of_llama(source.llama, source.vocab_size, padded_size, padded_size, kind)
         common |= common_state(source.optimizer, args, step)
     finish = partial(_finish, tensors=index, objects=objects, common=common)
     return NewLayout(files.made(), named.tensors, finish, named.padding)

@@ -221,8 +221,7 @@ def common_state(facts: OptimizerFacts, args: Namespace, step: int) -> dict[str,
         args: Megatron's arguments that describe the model; those that say how far training went are added.
         step: number of iterations.
     """
-    cut = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
-    vars(args).update(cut, iteration=step, **facts.progress)
+    vars(args).update(iteration=step, **facts.progress)
     return {
         "args": args,
         "iteration": step,

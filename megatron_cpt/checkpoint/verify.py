@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import torch
 from torch import Tensor
 
 from megatron_cpt.checkpoint.carried_state import masters_as_weights
-from megatron_cpt.checkpoint.described import Hints
+from megatron_cpt.checkpoint.described import UNKNOWN_VOCAB, Hints, check_hints
 from megatron_cpt.checkpoint.execute import Tally, blocks_of, num_workers
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.logits import check_logits
-from megatron_cpt.checkpoint.opening import open_checkpoint
+from megatron_cpt.checkpoint.opening import newest_checkpoint, open_checkpoint
 from megatron_cpt.checkpoint.reader import bits, num_bytes, raw_bytes, weights_sha256
 from megatron_cpt.checkpoint.runs import STATES, StoredModel, total_bytes
 from megatron_cpt.checkpoint.seal import broken_seals, check_manifest, unlisted_files
 from megatron_cpt.errors import CheckpointError, VerificationError
 
 Progress = Callable[[int, int], None]
+_LAYER = re.compile(r"\.\d+\.")
 _SHOWN = ("assumed", "step", "tokenizer_sha256", "weights_sha256", "cast", "converted_from", "megatron_cpt")
 
 
@@ -33,8 +35,9 @@ class _Found:
     """What was seen of a tensor."""
 
     sha256: str
-    problem: str | None
-    zero_rows: int
+    problem: str | None = None
+    zero_rows: int = 0
+    finite: bool = True
 
 
 def verify(
@@ -59,20 +62,21 @@ def verify(
         on_progress: called with (bytes done, bytes in all).
         logits: compute both in fp32 and compare their logits too, see `logits.compare_logits`.
         workers: tensors that are compared at once; None: one for each core, eight at most.
-        hints: what the source does not say of itself.
+        hints: what a checkpoint does not say of itself.
 
     Returns:
-        {"equal": True with two checkpoints, "intact": True with one, "tensors", "bytes", "cast", "weights_sha256",
+        {"equal": True with two checkpoints, "intact": True with one, "tensors" that are so, "unpaired": tensors of an
+        optimizer that only what is proved has, read and found to be of its weights, "bytes", "cast", "weights_sha256",
         "zero_rows": rows of what is proved that are all zero, by tensor (a fact: many models have unused rows),
         "padding_rows", "files": number of files whose every byte the manifest vouches for, "unlisted": files beside
         them that no loader looks for,
         "logits": what `compare_logits` gives, where they were asked for}.
 
     Raises:
-        VerificationError: something differs; the message names it.
-        CheckpointError: one of the two cannot be read, or a single one has no hashes to be compared with.
+        VerificationError: something differs, or is not as the manifest of what is proved says; the message names it.
+        CheckpointError: one of the two is none that can be read, or a single one has no hashes to be compared with.
     """
-    target = _open(src if dst is None else dst, hints if dst is None else None)
+    target = _open(src if dst is None else dst, hints)
     source = None
     if dst is None:
         _require_hashes(target, logits)
@@ -85,16 +89,17 @@ def verify(
     names = [*target.names(), *target.state_names()]
     total, cast = total_bytes(target, names), target.stated.get("cast")
     found = _compare_all(source, target, names, Tally(total, on_progress), num_workers(workers))
-    failures = [f"{name} {seen.problem}" for name, seen in found.items() if seen.problem is not None]
-    if failures:
+    if failures := [f"{name} {seen.problem}" for name, seen in found.items() if seen.problem is not None]:
         told = "is damaged" if source is None else f"is not the model of {source.folder}"
-        more = f" (and {len(failures) - 3} more tensors)" if len(failures) > 3 else ""
-        raise VerificationError(f"{target.folder} {told}: {'; '.join(failures[:3])}{more}; convert it again")
+        raise VerificationError(f"{target.folder} {told}: {_first(failures, '; ')}; convert it again")
     digests = {name: seen.sha256 for name, seen in found.items()}
     _check_recorded(target, digests)
+    _check_finite(source, target, found)
+    unpaired = [] if source is None else [name for name in names if name not in source.tensors]
     facts = {
         "intact" if source is None else "equal": True,
-        "tensors": len(names),
+        "tensors": len(names) - len(unpaired),
+        "unpaired": len(unpaired),
         "bytes": total,
         "cast": cast,
         "weights_sha256": _root(target, digests),
@@ -108,7 +113,7 @@ def verify(
 
 def show(path: str | Path, hints: Hints | None = None) -> dict[str, Any]:
     """What a checkpoint holds, from its headers and its manifest alone."""
-    model = open_checkpoint(path, hints=hints)
+    model = open_checkpoint(path, hints=replace(hints or Hints(), vocab_known=False))
     sizes: Counter[str] = Counter()
     for name in model.names():
         sizes[str(model.dtype(name)).removeprefix("torch.")] += num_bytes(model.shape(name), model.dtype(name))
@@ -120,20 +125,43 @@ def show(path: str | Path, hints: Hints | None = None) -> dict[str, Any]:
         "files": len({run.file for placed in model.tensors.values() for run in placed.runs}),
         "bytes": sum(sizes.values()),
         "dtype": sizes.most_common(1)[0][0],
-        "vocab_size": model.vocab_size,
+        "vocab_size": None if model.stated.get(UNKNOWN_VOCAB) else model.vocab_size,
         "padded_vocab_size": model.padded_vocab_size,
+        "optimizer": model.holds_optimizer,
         "layout": model.layout,
         "shape": model.llama.model_dump(),
+        "weights": _kinds(model),
     }
     return facts | {key: model.stated[key] for key in _SHOWN if model.stated.get(key) is not None}
 
 
+def _kinds(model: StoredModel) -> dict[str, str]:
+    """Shape, dtype and number of the tensors of each kind, the same module of all layers being one."""
+    kinds: dict[str, Counter[str]] = {}
+    for name in model.names():
+        told = f"{list(model.shape(name))} {str(model.dtype(name)).removeprefix('torch.')}"
+        kinds.setdefault(_LAYER.sub(".*.", name), Counter())[told] += 1
+    return {
+        kind: ", ".join(told if number == 1 else f"{number} x {told}" for told, number in found.items())
+        for kind, found in kinds.items()
+    }
+
+
 def _open(folder: str | Path, hints: Hints | None) -> StoredModel:
     """What is to be proved, with the state of its optimizer where its manifest records that."""
-    target = open_checkpoint(folder, with_optimizer=False, hints=hints)
-    check_manifest(target.folder)
-    if any(name.split("/", 1)[0] in STATES for name in target.stated.get("tensors", ())):
-        target = open_checkpoint(folder, with_optimizer=True, hints=hints)
+    path = newest_checkpoint(Path(folder))
+    recorded = check_manifest(path)
+    with_optimizer = any(name.split("/", 1)[0] in STATES for name in recorded.get("tensors", ()))
+    sealed = "files" in recorded
+    try:
+        target = open_checkpoint(path, with_optimizer, None if sealed else hints)
+    except CheckpointError as caught:
+        if sealed:  # it could be read when that was written
+            raise VerificationError(str(caught)) from caught
+        raise
+    if target.folder != path:  # one above it
+        check_manifest(target.folder)
+    check_hints(hints or Hints(), target.folder, target.llama, target.vocab_size)
     return target
 
 
@@ -181,9 +209,9 @@ def _compare(source: StoredModel | None, target: StoredModel, name: str, tally: 
     if source is not None and name not in source.tensors:
         source = None
     if source is not None and source.shape(name) != shape:
-        return _Found("", f"has shape {shape}, not {source.shape(name)}", 0)
+        return _Found("", f"has shape {shape}, not {source.shape(name)}")
     if source is not None and dtype != source.dtype(name) and f"torch.{target.stated.get('cast')}" != str(dtype):
-        return _Found("", f"is {dtype} instead of {source.dtype(name)}, and the manifest states no such cast", 0)
+        return _Found("", f"is {dtype} instead of {source.dtype(name)}, and the manifest states no such cast")
     digest, different, zeros, finite = hashlib.sha256(), 0, 0, True
     held: Tensor | None = None
     for start, theirs in blocks_of(target, name):
@@ -191,7 +219,7 @@ def _compare(source: StoredModel | None, target: StoredModel, name: str, tally: 
             target.check_copies(name, start, theirs)
             target.check_rounded(name, start, theirs)
         except CheckpointError as caught:
-            return _Found("", f"has two versions ({caught})", 0)
+            return _Found("", f"has two versions ({caught})")
         digest.update(raw_bytes(theirs))
         if source is not None:
             if held is None:  # the first block is the largest
@@ -204,10 +232,8 @@ def _compare(source: StoredModel | None, target: StoredModel, name: str, tally: 
         finite = finite and bool(smallest.isfinite() & largest.isfinite())
         zeros += _num_zero_rows(theirs)
         tally.add(num_bytes(tuple(theirs.shape), dtype))
-    problem = None if finite else "holds NaN or infinity"
-    if different:
-        problem = f"differs in {different} of {num_bytes(shape, torch.uint8)} elements"
-    return _Found(digest.hexdigest(), problem, zeros)
+    problem = f"differs in {different} of {num_bytes(shape, torch.uint8)} elements" if different else None
+    return _Found(digest.hexdigest(), problem, zeros, finite)
 
 
 def _num_different(ours: Tensor, theirs: Tensor) -> int:
@@ -250,11 +276,26 @@ def _check_recorded(target: StoredModel, digests: dict[str, str]) -> None:
 
 def _fail_as_changed(target: StoredModel, wrong: Sequence[str]) -> None:
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise VerificationError(
-            f"{target.folder} changed after it was written: {'; '.join(wrong[:3])}{more}; convert it again, or restore "
-            "the file"
+            f"{target.folder} changed after it was written: {_first(wrong, '; ')}; convert it again, or restore the "
+            "file"
         )
+
+
+def _check_finite(source: StoredModel | None, target: StoredModel, found: Mapping[str, _Found]) -> None:
+    """Raise VerificationError where a tensor that is as it has to be holds NaN or infinity."""
+    broken = [name for name, seen in found.items() if not seen.finite]
+    if broken:
+        both = source is not None and all(name in source.tensors for name in broken)
+        raise VerificationError(
+            f"{target.folder} holds NaN or infinity{f', as does {source.folder}' if source and both else ''}: "
+            f"{_first(broken, ', ')}; nothing can be computed with it: take a checkpoint from before that"
+        )
+
+
+def _first(told: Sequence[str], between: str) -> str:
+    """The first three of many, and how many more there are."""
+    return between.join(told[:3]) + (f" (and {len(told) - 3} more)" if len(told) > 3 else "")
 
 
 def _check_padding(target: StoredModel) -> int:

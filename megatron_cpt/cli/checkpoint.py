@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress
+from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, kept_for_later, progress
 
 app = typer.Typer(help="Convert, verify and show checkpoints.", no_args_is_help=True)
 
@@ -65,6 +65,12 @@ MastersOption = Annotated[
 TokenizerOption = Annotated[
     Path | None, typer.Option(help="Tokenizer folder; default: the source's own.", rich_help_panel=_TOLD)
 ]
+CountedTokenizerOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Tokenizer folder, whose ids are the vocabulary where nothing else says its size.", rich_help_panel=_TOLD
+    ),
+]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast every tensor; default: as it is.")
 ]
@@ -105,7 +111,7 @@ def convert(
     """
     from megatron_cpt.checkpoint import convert
 
-    with progress(f"Converting {src}") as advance:
+    with kept_for_later(dst), progress(f"Converting {src}") as advance:
         facts = convert(
             src,
             dst,
@@ -139,6 +145,7 @@ def verify(
     ] = False,
     config: ConfigOption = None,
     vocab_size: VocabSizeOption = None,
+    tokenizer: CountedTokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove that DST holds the model of SRC: the config field by field, every tensor bit for bit.
@@ -148,7 +155,7 @@ def verify(
     from megatron_cpt.checkpoint import verify
 
     with progress(f"Verifying {dst or src}") as advance:
-        hints = _hints(config, vocab_size, None)
+        hints = _hints(config, vocab_size, tokenizer)
         facts = verify(src, dst, on_progress=advance, logits=logits, hints=hints)
     emit(facts, as_json, _facts)
 
@@ -158,23 +165,30 @@ def show(
     path: Folder,
     config: ConfigOption = None,
     vocab_size: VocabSizeOption = None,
+    tokenizer: CountedTokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from megatron_cpt.checkpoint import show
 
-    emit(show(path, _hints(config, vocab_size, None)), as_json, _facts)
+    emit(show(path, _hints(config, vocab_size, tokenizer)), as_json, _facts)
 
 
 def _hints(config: Path | None, vocab_size: int | None, tokenizer: Path | None) -> Any:
-    """What the user says of a checkpoint; the tokenizer's size counts where no other is given."""
+    """What the user says of a checkpoint."""
     from megatron_cpt.checkpoint import Hints
+    from megatron_cpt.checkpoint.tokenizer_files import tokenizer_sha256
+    from megatron_cpt.errors import TokenizerError
+    from megatron_cpt.tokenizer import load_tokenizer
 
-    if vocab_size is None and config is None and tokenizer is not None:
-        from megatron_cpt.tokenizer import load_tokenizer
-
-        vocab_size = load_tokenizer(tokenizer).vocab_size
-    return Hints(config, vocab_size)
+    size = None
+    if tokenizer is not None:
+        try:
+            size = load_tokenizer(tokenizer).vocab_size
+        except TokenizerError:
+            if not tokenizer.exists() or tokenizer_sha256(tokenizer) is None:
+                raise  # else one of another kind, such as Meta's ranks of byte pairs: carried along, not counted
+    return Hints(config, vocab_size, size)
 
 
 def _facts(value: dict[str, Any]) -> RenderableType:

@@ -8,10 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console, RenderableType
+
+from megatron_cpt.config.folders import staged_folder
 
 SetOption = Annotated[
     list[str] | None,
@@ -47,6 +50,18 @@ def stdout_for_results(as_json: bool) -> Iterator[None]:
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
+
+
+@contextlib.contextmanager
+def kept_for_later(folder: Path) -> Iterator[None]:
+    """Where the work on a new folder is stopped, or the system refuses something: say that the rest can be done later."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError):
+        staged = staged_folder(folder)
+        if staged.is_dir():
+            print(f"What is done is kept in {staged}; the same command goes on with it.", file=sys.stderr)
+        raise
 
 
 class Advance(Protocol):

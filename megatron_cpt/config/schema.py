@@ -25,9 +25,9 @@ DEFAULT_REPLAY = 0.1
 class RopeScaling(Section):
     """Llama 3.1's stretching of the rotary frequencies (Llama 3 report, section 3.2)."""
 
-    factor: float = Field(gt=1.0)
-    low_freq_factor: float = Field(default=1.0, gt=0.0)
-    high_freq_factor: float = Field(default=4.0, gt=0.0)
+    factor: float = Field(gt=1.0, allow_inf_nan=False)
+    low_freq_factor: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    high_freq_factor: float = Field(default=4.0, gt=0.0, allow_inf_nan=False)
     original_max_position_embeddings: Positive = 8192
 
 

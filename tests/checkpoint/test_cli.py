@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_cpt.checkpoint import execute as executing
 from megatron_cpt.cli.main import main
 
 
@@ -33,6 +35,42 @@ def test_convert_verify_and_show(make_model, tmp_path: Path, capsys: pytest.Capt
     assert code == 0 and json.loads((tmp_path / "back" / "config.json").read_text())["bos_token_id"] == 4
     code, _, error = run(capsys, "verify", source, tmp_path / "back")
     assert code == 1 and "manifest states no such cast" in error
+
+
+def test_an_interruption_says_what_stays(
+    make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model(tmp_path / "hf")
+
+    def stopped(self: executing.Tally, size: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executing.Tally, "add", stopped)
+        code, _, error = run(capsys, "convert", source, tmp_path / "out")
+    assert code == 130 and "stopped with Ctrl-C" in error
+    assert f"What is done is kept in {tmp_path / '.out.partial'}; the same command goes on" in error
+    assert run(capsys, "convert", source, tmp_path / "out")[0] == 0
+
+
+def test_a_legacy_checkpoint_is_shown_though_nothing_says_its_vocabulary(
+    make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, legacy = make_model(tmp_path / "hf"), tmp_path / "legacy"
+    assert run(capsys, "convert", source, legacy, "--to", "mp_rank")[0] == 0
+    (legacy / "manifest.json").unlink()
+    rank = next(legacy.rglob("model_optim_rng.pt"))
+    held = torch.load(rank, weights_only=False)
+    held["args"].vocab_size = None
+    torch.save(held, rank)
+    code, facts, _ = run(capsys, "show", legacy, "--json")
+    assert code == 0 and facts["vocab_size"] is None and facts["padded_vocab_size"] == 256
+    assert facts["optimizer"] is False and facts["weights"]["model.embed_tokens.weight"].startswith("[256, ")
+    assert facts["weights"]["model.layers.*.mlp.up_proj.weight"].startswith(f"{facts['shape']['num_layers']} x [")
+    code, _, error = run(capsys, "convert", legacy, tmp_path / "out")
+    assert code == 2 and "--vocab-size" in error
+    code, facts, _ = run(capsys, "verify", source, legacy, "--vocab-size", 133, "--json")
+    assert code == 0 and facts["equal"]
 
 
 def test_wrong_input_is_answered_with_code_2(make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cpt.checkpoint import (
+    Hints,
     convert,
     open_checkpoint,
     open_hf,
@@ -140,6 +141,15 @@ def test_the_tokenizer_goes_along_and_must_be_the_right_one(make_model, tmp_path
         convert(tmp_path / "stored", tmp_path / "again", "hf", tokenizer=tmp_path)
 
 
+def test_a_tokenizer_that_was_changed_is_not_handed_on(make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf")
+    write_tokenizer(source)
+    convert(source, tmp_path / "stored", "torch_dist")
+    (tmp_path / "stored" / "tokenizer.model").write_bytes(b"other pieces")
+    with pytest.raises(TokenizerError, match=r"tokenizer in .* was changed: its SHA-256 begins"):
+        convert(tmp_path / "stored", tmp_path / "back", "hf")
+
+
 def test_end_tokens_come_from_the_tokenizer_when_nothing_states_them(make_model, tmp_path: Path) -> None:
     source = make_model(tmp_path / "hf")
     convert(source, tmp_path / "stored", "torch_dist")
@@ -167,7 +177,22 @@ def test_dry_run_writes_nothing(make_model, tmp_path: Path) -> None:
         ({"to": "torch_dist", "dtype": "int8"}, "expected one of float32"),
         ({"to": "torch_dist", "vocab_divisor": 0}, "expected 1 or more"),
         ({"to": "torch_dist", "vocab_divisor": 10**15}, "1,048,576 at most"),
-        ({"to": "torch_dist", "tp": 2}, "got --tp for torch_dist, which is not cut so"),
+        (
+            {"to": "torch_dist", "spec": "local", "optimizer_form": "plain"},
+            "got --spec, --optimizer-form for torch_dist",
+        ),
+        ({"to": "hf", "vocab_divisor": 64}, "got --vocab-divisor for hf"),
+        ({"to": "torch_dist", "bos_token_id": 133}, "got bos_token_id 133, expected an id below 133"),
+        ({"to": "torch_dist", "eos_token_id": [2, 500]}, "got eos_token_id 500, expected an id below 133"),
+        (
+            {"to": "torch_dist", "hints": Hints(vocab_size=99)},
+            "itself says a vocabulary of 133, not 99 as --vocab-size",
+        ),
+        (
+            {"to": "torch_dist", "hints": Hints(tokenizer_size=134)},
+            "the tokenizer has 134 ids, the vocabulary of .* 133",
+        ),
+        ({"to": "torch_dist", "tp": 2}, "got --tp for torch_dist, which has no use for it"),
         ({"to": "hf", "pp": 2, "vpp": 2}, "got --pp, --vpp for hf"),
     ],
 )

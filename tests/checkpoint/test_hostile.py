@@ -381,5 +381,7 @@ def test_manifest(stored: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             open_torch_dist(stored)
     path.unlink()
+    assert open_torch_dist(stored).vocab_size == good["vocab_size"]  # Megatron's arguments in common.pt say it too
+    (stored / "common.pt").unlink()
     with pytest.raises(CheckpointError, match="holds neither manifest.json nor"):
         open_torch_dist(stored)

@@ -257,9 +257,12 @@ def test_a_config_decides_and_has_to_agree(tmp_path: Path) -> None:
         path.write_text(json.dumps({**config, "rope_parameters": None, field: value}))
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(model, hints=Hints(config=path))
-    assert open_checkpoint(model, hints=Hints(vocab_size=VOCAB_SIZE - 1)).vocab_size == VOCAB_SIZE
-    with pytest.raises(CheckpointError, match="fewer than the 137 given"):
-        open_checkpoint(model, hints=Hints(vocab_size=VOCAB_SIZE + 1))
+    for wrong in (VOCAB_SIZE - 1, VOCAB_SIZE + 1):
+        with pytest.raises(CheckpointError, match=f"itself says a vocabulary of {VOCAB_SIZE}, not {wrong}"):
+            open_checkpoint(model, hints=Hints(vocab_size=wrong))
+    assert open_checkpoint(model, hints=Hints(tokenizer_size=VOCAB_SIZE - 1)).vocab_size == VOCAB_SIZE
+    with pytest.raises(CheckpointError, match="the tokenizer has 137 ids"):
+        open_checkpoint(model, hints=Hints(tokenizer_size=VOCAB_SIZE + 1))
     for rank in range(2):
         change(model, rank, lambda held: held.pop("output.weight"))
     path.write_text(json.dumps(config))

@@ -206,7 +206,9 @@ def test_folders_that_can_be_given(hf: Path, tag: Path, make_model, tmp_path: Pa
 
 
 def test_a_padded_table_needs_the_vocabulary_size(hf: Path, tag: Path, tmp_path: Path) -> None:
-    assert open_checkpoint(tag, hints=Hints(vocab_size=60)).vocab_size == 136  # config.json counts all that is stored
+    assert open_checkpoint(tag, hints=Hints(tokenizer_size=60)).vocab_size == 136  # config.json counts what is stored
+    with pytest.raises(CheckpointError, match="itself says a vocabulary of 136, not 60"):
+        open_checkpoint(tag, hints=Hints(vocab_size=60))
     config = config_of(tag) | {"vocab_size": 133}
     (tag / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="136 rows on all ranks, config.json says 133"):

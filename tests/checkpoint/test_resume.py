@@ -64,6 +64,19 @@ def test_a_second_process_is_turned_away_and_takes_nothing(make_model, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
+def test_what_was_put_into_an_unfinished_folder_is_not_in_the_finished_one(make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf")
+    interrupt(source, tmp_path / "out", "torch_dist")
+    staged = tmp_path / ".out.partial"
+    (staged / "note.txt").write_text("of another")
+    (staged / "code").mkdir()
+    (staged / "code" / "model.py").write_text("raise SystemExit")
+    (staged / "link").symlink_to(tmp_path)
+    assert convert(source, tmp_path / "out", "torch_dist")["resumed"] > 0
+    assert not {"note.txt", "code", "link"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert verify(source, tmp_path / "out")["unlisted"] == [] and source.exists()
+
+
 def test_a_full_disk_costs_nothing_that_is_done(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_model(tmp_path / "hf")
     interrupt(source, tmp_path / "out", "torch_dist")
