@@ -183,21 +183,7 @@ def _plan(
     optimizer: bool,
 ) -> tuple[StoredModel, _Plan]:
     """What will be written, checked to the last byte."""
-    if target.format not in FORMATS:
-        raise CheckpointError(f"got the format {target.format!r}, expected one of {', '.join(FORMATS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"got dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    plain = Target(target.format)
-    useless = [name for name in _IGNORED.get(target.format, ()) if getattr(target, name) != getattr(plain, name)]
-    if useless:
-        told = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
-        raise CheckpointError(f"got {told} for {target.format}, which has no use for it; leave it out")
-    for name, value in given.items():
-        for token in (value if isinstance(value, list) else [value]) if name.endswith("_token_id") else ():
-            if not 0 <= token < source.vocab_size:
-                raise CheckpointError(
-                    f"got {name} {token}, expected an id below {source.vocab_size}, the size of the vocabulary"
-                )
+    _check_request(source, target, dtype, given)
     dtypes = {name: source.dtype(name) if dtype is None else DTYPES[dtype] for name in source.names()}
     facts, folder = _facts(source, dtypes, tokenizer)
     source, state, told = carried_state(source, target, dtypes, optimizer)
@@ -230,6 +216,25 @@ def _plan(
         facts["megatron_flags"] = megatron_flags(source.llama, rank_divisor(target, facts["padded_vocab_size"]))
     check_layout(source, layout, dtypes)
     return source, _Plan(layout, facts, folder)
+
+
+def _check_request(source: StoredModel, target: Target, dtype: str | None, given: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where what is asked for cannot be, or would be ignored."""
+    if target.format not in FORMATS:
+        raise CheckpointError(f"got the format {target.format!r}, expected one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"got dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    plain = Target(target.format)
+    if useless := [name for name in _IGNORED.get(target.format, ()) if getattr(target, name) != getattr(plain, name)]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+        raise CheckpointError(f"got {options} for {target.format}, which has no use for it; leave it out")
+    ends = {name: given[name] for name in ("bos_token_id", "eos_token_id") if name in given}
+    for name, ids in ends.items():
+        for token in ids if isinstance(ids, list) else [ids]:
+            if not 0 <= token < source.vocab_size:
+                raise CheckpointError(
+                    f"got {name} {token}, expected an id below {source.vocab_size}, the size of the vocabulary"
+                )
 
 
 def _facts(

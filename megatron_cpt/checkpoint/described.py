@@ -126,6 +126,11 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
     if vocab_size is None and not hints.vocab_known:
         return Described(llama, stored_rows, {**stated, UNKNOWN_VOCAB: True})
     if type(vocab_size) is not int or not 0 < vocab_size <= stored_rows:
+        if type(vocab_size) is int and vocab_size > stored_rows:
+            raise CheckpointError(
+                f"{folder} stores {stored_rows} rows of vocabulary, fewer than the {brief(vocab_size)} that there are "
+                "said to be; a rank's file is missing, or the number is another model's"
+            )
         raise CheckpointError(
             f"{folder} stores {stored_rows} rows of vocabulary and says {brief(vocab_size)} of how many an id can reach"
             "; give the number with --vocab-size, or the tokenizer with --tokenizer"

@@ -95,7 +95,7 @@ def read_index(folder: Path, wanted: Any) -> tuple[dict[str, StoredTensor], dict
         tensors, objects = _parse(_Unpickler(data).load(), wanted)
     except Exception as caught:  # a damaged pickle can fail in any way
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint's index: {caught}; do not use this file"
+            f"{path} cannot be read as a checkpoint's index: {str(caught) or 'it is cut short'}; do not use this file"
         ) from None
     sizes: dict[str, int] = {}
     for key, tensor in tensors.items():

@@ -48,6 +48,8 @@ def open_checkpoint(folder: str | Path, with_optimizer: bool = False, hints: Hin
 def _open(folder: Path, with_optimizer: bool, hints: Hints | None) -> StoredModel:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
+        if folder.is_symlink():
+            what = f"is a link to {folder.readlink()}, which {what}"
         raise CheckpointError(f"{folder} {what}, expected the folder of a checkpoint; check the path")
     if (folder / METADATA).exists():
         return open_torch_dist(folder, with_optimizer, hints)
@@ -66,8 +68,19 @@ def _open(folder: Path, with_optimizer: bool, hints: Hints | None) -> StoredMode
         f"{folder} holds neither {CONFIG} (a Hugging Face model), nor {METADATA} (a torch_dist checkpoint), nor "
         f"{TRACKER} (a legacy Megatron checkpoint), nor consolidated.00.pth (one of Meta's), nor "
         "model/dp_rank_00_tp_rank_00_pp_rank_00.pt (one of NeuronX Distributed's); give the folder of the "
-        "checkpoint itself"
+        f"checkpoint itself{_nearby(folder)}"
     )
+
+
+def _nearby(folder: Path) -> str:
+    """A checkpoint below a folder that is none, for its message: that of a run's step, or of a download cache."""
+    marks = (METADATA, TRACKER, PARAMS, CONFIG, "checkpoints")
+    for depth in ("*", "*/*"):
+        held = sorted(path for path in folder.glob(depth) if any((path / mark).exists() for mark in marks))
+        if held:
+            more = f", or one of {len(held) - 1} more beside it" if len(held) > 1 else ""
+            return f", such as {held[0]}{more}"
+    return ""
 
 
 def read_shape(folder: str | Path) -> tuple[LlamaShape, int]:

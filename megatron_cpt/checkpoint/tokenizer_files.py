@@ -55,10 +55,10 @@ def matching_tokenizer(model_folder: Path, recorded: str | None, given: Path | N
     held = tokenizer_sha256(model_folder)
     own = recorded or held
     if given is None:
-        if held is not None and held != own:
+        if recorded is not None and held not in (None, recorded):
             raise TokenizerError(
-                f"the tokenizer in {model_folder} was changed: its SHA-256 begins {held[:12]}, the manifest records "
-                f"{recorded[:12]}; restore it, or give the tokenizer that the model was trained with"
+                f"the tokenizer in {model_folder} was changed: its SHA-256 is not the {recorded[:12]}... that "
+                f"the manifest records; restore it, or give the tokenizer that the model was trained with"
             )
         return (None if held is None else model_folder), own
     found = tokenizer_sha256(given)

@@ -54,7 +54,7 @@ def stdout_for_results(as_json: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_for_later(folder: Path) -> Iterator[None]:
-    """Where the work on a new folder is stopped, or the system refuses something: say that the rest can be done later."""
+    """Where work on a new folder is stopped, or the system refuses it something: say that it can go on later."""
     try:
         yield
     except (KeyboardInterrupt, OSError):

@@ -39,8 +39,8 @@ def usage() -> str:
         "Continue the pre-training of a Llama in another language, vocabulary included.\n\n"
         f"verbs:\n{verbs}\n\n"
         "options:\n"
-        "  --help     this text; `megatron-cpt VERB --help` for a verb\n"
-        "  --version  the version of the package\n\n"
+        "  -h, --help  this text; `megatron-cpt VERB --help` for a verb\n"
+        "  --version   the version of the package\n\n"
         "first steps:\n"
         "  megatron-cpt run quickstart\n"
     )
@@ -95,8 +95,12 @@ def _run_verb(verb: str, words: list[str]) -> int:
     app = importlib.import_module(f"megatron_cpt.cli.{verb}").app
     command = typer.main.get_command(app)
     # Shell completion is of a whole program; here each verb is a program of its own to typer.
-    if shutil.get_terminal_size().columns < _NARROW:  # plain help wraps, where columns would be cut
-        for part in (command, *getattr(command, "commands", {}).values()):
+    narrow = shutil.get_terminal_size().columns < _NARROW
+    for part in (command, *getattr(command, "commands", {}).values()):
+        part.context_settings["help_option_names"] = ["--help", "-h"]
+        # Else the lines of a docstring stay lines on every terminal.
+        part.help = "\n\n".join(" ".join(each.split()) for each in (part.help or "").split("\n\n"))
+        if narrow:  # plain help wraps, where columns would be cut
             part.rich_markup_mode = None
     command.params = [option for option in command.params if not (option.name or "").endswith("_completion")]
     try:

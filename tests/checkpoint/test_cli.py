@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,41 @@ def test_a_legacy_checkpoint_is_shown_though_nothing_says_its_vocabulary(
     assert code == 2 and "--vocab-size" in error
     code, facts, _ = run(capsys, "verify", source, legacy, "--vocab-size", 133, "--json")
     assert code == 0 and facts["equal"]
+
+
+def test_a_folder_above_a_checkpoint_is_answered_with_its_place(
+    make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshot = make_model(tmp_path / "models--a--b" / "snapshots" / "main")
+    code, _, error = run(capsys, "show", tmp_path / "models--a--b")
+    assert code == 2 and f"give the folder of the checkpoint itself, such as {snapshot}" in error
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    code, _, error = run(capsys, "show", tmp_path / "link")
+    assert code == 2 and f"is a link to {tmp_path / 'nowhere'}, which does not exist" in error
+
+
+def test_a_legacy_checkpoint_without_a_rank_of_rows(
+    make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    legacy = tmp_path / "legacy"
+    assert run(capsys, "convert", make_model(tmp_path / "hf"), legacy, "--to", "mp_rank", "--tp", 2)[0] == 0
+    (legacy / "manifest.json").unlink()
+    shutil.rmtree(legacy / "release" / "mp_rank_01")
+    code, _, error = run(capsys, "show", legacy)
+    assert code == 2 and "128 rows of vocabulary, fewer than the 133" in error and "a rank's file is missing" in error
+
+
+def test_damage_of_what_is_proved_is_a_failed_proof(
+    make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it shows in a header or in a tensor."""
+    source, stored = make_model(tmp_path / "hf"), tmp_path / "stored"
+    assert run(capsys, "convert", source, stored)[0] == 0
+    (stored / ".metadata").write_bytes(b"")
+    code, _, error = run(capsys, "verify", source, stored)
+    assert code == 1 and "cannot be read as a checkpoint's index: it is cut short" in error
+    assert run(capsys, "verify", stored)[0] == 1
+    assert run(capsys, "verify", stored, source)[0] == 2  # what cannot be read is not what is proved
 
 
 def test_wrong_input_is_answered_with_code_2(make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,8 +47,11 @@ def test_help_is_fast_and_loads_no_torch() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "-h"]) == 0
+    short = capsys.readouterr().out
     assert main([verb, "--help"]) == 0
     shown = capsys.readouterr().out
+    assert shown == short
     assert f"megatron-cpt {verb}" in shown
     assert "completion" not in shown
 
