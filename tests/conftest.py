@@ -12,6 +12,9 @@ ROOT = str(Path(__file__).resolve().parents[1])
 # These tests are of the CPU, on machines that have an accelerator too; and their matrices are tiny.
 os.environ.setdefault("MEGATRON_CPT_DEVICE", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton decides when it is imported whether it compiles its kernels or interprets them, so this cannot wait for
+# tests/kernels. Only a call that names the implementation takes interpreted kernels.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Ranks that tests start run modules of the tests; the current folder is not on their path.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
 

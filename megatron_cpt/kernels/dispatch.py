@@ -3,17 +3,27 @@
 Every op registers its implementations, fastest first. An implementation states by `supports` whether
 it can run under given facts; nothing falls back silently. The facts an op gives are
 `device` (`torch.device.type`, as "cpu") and `dtype` (`torch.dtype`), and where they matter `head_size`.
+This module adds `named`: whether the implementation was asked for by its name.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from megatron_cpt.errors import KernelUnsupported
+from megatron_cpt.runtime.device import compute_capability
 
 AUTO = "auto"
+INTERPRETER = "TRITON_INTERPRET"
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_CAPABILITY = (8, 0)  # the first with bf16
 
 
 class Supports(Protocol):
@@ -72,7 +82,7 @@ class Registry:
         for candidate in implementations:
             if implementation not in (AUTO, candidate.name):
                 continue
-            reason = candidate.supports(**facts)
+            reason = candidate.supports(**facts, named=implementation != AUTO)
             if reason is None:
                 return candidate.function
             reasons.append(f"{candidate.name!r} cannot run here: {reason}")
@@ -88,7 +98,7 @@ class Registry:
         for op, implementations in sorted(self._ops.items()):
             chosen: str | None = None
             for candidate in implementations:
-                reason = candidate.supports(**facts)
+                reason = candidate.supports(**facts, named=False)
                 supported = reason is None
                 if reason is None:
                     reason = f"runs here; {AUTO!r} takes {chosen or 'it'}"
@@ -106,3 +116,41 @@ explain = _REGISTRY.explain
 def anywhere(**_facts: object) -> None:
     """The `supports` of a plain torch implementation: every device and every floating dtype."""
     return None
+
+
+def triton_obstacle(
+    device: object = None, dtype: object = None, *, named: object = False, **_facts: object
+) -> str | None:
+    """Returns why Triton kernels cannot run, as a phrase, or None: the `supports` of most of them as it stands.
+
+    Triton's interpreter, which runs kernels on the CPU and is there for tests, is taken only where the
+    implementation is named and the environment variable TRITON_INTERPRET is 1; "auto" never takes it.
+
+    Args:
+        device: `torch.device.type`; None where it is not known yet.
+        dtype: `torch.dtype` of the tensors; None where it is not known yet.
+        named: whether the implementation was asked for by its name.
+    """
+    if not triton_installed():
+        return "the package triton is not installed"
+    if dtype is not None and dtype not in _TRITON_DTYPES:
+        return f"its kernels take fp32, bf16 and fp16, not {dtype}"
+    if device is None:
+        return None
+    interpreted = os.environ.get(INTERPRETER) == "1"
+    if interpreted and named:
+        return None
+    capability = compute_capability(str(device))
+    if capability is None:
+        return f"it needs an NVIDIA GPU, not {device}"
+    if interpreted:
+        return f"{INTERPRETER}=1 has Triton interpret its kernels, which is for tests and happens by name only"
+    if capability < _TRITON_CAPABILITY:
+        return f"it needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether the package triton can be imported; it is not imported to know."""
+    return importlib.util.find_spec("triton") is not None

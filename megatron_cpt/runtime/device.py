@@ -110,6 +110,22 @@ def device_count() -> int | None:
 
 
 @functools.cache
+def compute_capability(device_type: str) -> tuple[int, int] | None:
+    """Compute capability of this process's NVIDIA GPU, as (9, 0); None where tensors of the type are on none."""
+    if device_type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability()
+
+
+@functools.cache
+def multiprocessor_count(device_type: str) -> int | None:
+    """Streaming multiprocessors of this process's GPU; None where tensors of the type are on none."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+
+
+@functools.cache
 def current_device() -> Device:
     """The device of this process: CUDA where there is one, another accelerator, else the CPU.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.kernels.guarded import Guard, assert_within_reference_error, guard_allocations
+from tests.kernels.interpreter import mended_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -19,18 +23,29 @@ def assert_accurate() -> Callable[[str, Tensor, Tensor, Tensor], None]:
     """Asserts that an error is at most twice that of the native op in the same dtype, plus two ulp of the scale."""
 
     def check(what: str, got: Tensor, native: Tensor, truth: Tensor) -> None:
-        assert got.shape == truth.shape, what
-        assert torch.isfinite(got).all(), what
-        scale = truth.abs().max().item() if truth.numel() else 0.0
-        for norm in (torch.inf, 2):
-            error, native_error = (
-                torch.linalg.vector_norm((x.double() - truth).flatten(), norm).item() if truth.numel() else 0.0
-                for x in (got, native)
-            )
-            ulp = torch.finfo(got.dtype).eps * scale * (1 if norm == torch.inf else truth.numel() ** 0.5)
-            assert error <= 2 * native_error + 2 * ulp, f"{what}: {error:.3g} against {native_error:.3g}, norm {norm}"
+        assert_within_reference_error(got, native, truth, what)
 
     return check
+
+
+@pytest.fixture
+def allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Guard]]:
+    """Has every tensor that a launch allocates begin as NaN between guard zones; they are checked at the end."""
+    guards = guard_allocations(monkeypatch)
+    yield guards
+    monkeypatch.undo()
+    for position, guard in enumerate(guards):
+        guard.check(f"allocation {position}, {tuple(guard.value.shape)}")
+
+
+@pytest.fixture
+def triton() -> Iterator[None]:
+    """Skips where Triton is not installed, and mends the bf16 of its interpreter (`mended_interpreter`)."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET is set, and not to 1")
+    with mended_interpreter():
+        yield
 
 
 @pytest.fixture

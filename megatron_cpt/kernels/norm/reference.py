@@ -15,6 +15,12 @@ def rms_norm(hidden_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     return result
 
 
+def add_rms_norm(hidden_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Returns the norm of the sum, and the sum; see `op.add_rms_norm`."""
+    total_ND = hidden_ND + residual_ND
+    return rms_norm(total_ND, weight_D, epsilon), total_ND
+
+
 class _RmsNorm(torch.autograd.Function):
     """Keeps the input and one number a token, where autograd would keep several fp32 copies of the input."""
 

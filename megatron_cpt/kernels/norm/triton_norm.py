@@ -1,0 +1,200 @@
+"""RMSNorm on an NVIDIA GPU: launches of the kernels in `triton_kernels`, and their gradient.
+
+Shape letters: N tokens, D hidden size, P programs of a backward kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_cpt.kernels.norm import triton_kernels as kernels
+from megatron_cpt.runtime.device import multiprocessor_count
+
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+_INTERPRETED_PROGRAMS = 3  # enough that partial sums are really added
+
+
+def rms_norm(hidden: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Returns weight * cast(x / rms(x)); see `op.rms_norm`."""
+    normed: Tensor = _RmsNorm.apply(hidden, None, weight_D, epsilon)[0]
+    return normed
+
+
+def add_rms_norm(hidden: Tensor, residual: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Returns the norm of the sum, and the sum; see `op.add_rms_norm`."""
+    normed, total, _ = _RmsNorm.apply(hidden, residual, weight_D, epsilon)
+    return normed, total
+
+
+def launch_forward(
+    hidden: Tensor, residual: Tensor | None, weight_D: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns normed [..., D], the sum [..., D] (empty without a residual) and 1 / rms [N] in fp32."""
+    hidden_ND = _rows(hidden)
+    residual_ND = hidden_ND if residual is None else _rows(residual)
+    num_tokens, hidden_size = hidden_ND.shape
+    normed = hidden.new_empty(hidden.shape)
+    total = hidden.new_empty(hidden.shape if residual is not None else (0,))
+    inverse_N = hidden.new_empty(num_tokens, dtype=torch.float32)
+    launch = kernels.FORWARD.choose(hidden.device.type, hidden_size)
+    if num_tokens:
+        kernels.rms_norm_forward[(triton.cdiv(num_tokens, launch.blocks["BLOCK_N"]),)](
+            hidden_ND,
+            residual_ND,
+            weight_D.contiguous(),
+            normed,
+            total,
+            inverse_N,
+            num_tokens,
+            hidden_size,
+            hidden_ND.stride(0),
+            residual_ND.stride(0),
+            epsilon,
+            HAS_RESIDUAL=residual is not None,
+            ONE_BLOCK=hidden_size <= launch.blocks["BLOCK_D"],
+            **launch.keywords(),
+        )
+    return normed, total, inverse_N
+
+
+def launch_backward(
+    grad: Tensor, grad_total: Tensor | None, hidden: Tensor, weight_D: Tensor, inverse_N: Tensor, with_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the tokens [..., D] and of the weight [D], the latter empty where not wanted."""
+    grad_hidden = hidden.new_empty(hidden.shape)
+    if not hidden.numel():
+        return grad_hidden, weight_D.new_zeros(weight_D.shape if with_weight else (0,))
+    rows = _rows(grad), None if grad_total is None else _rows(grad_total), _rows(hidden)
+    run = _fused_backward if hidden.shape[-1] <= kernels.FUSED_SIZE else _wide_backward
+    partial_PD = run(*rows, weight_D.contiguous(), inverse_N, grad_hidden, with_weight)
+    # torch adds along a dimension in an order that depends on the shape alone.
+    return grad_hidden, weight_D.new_empty(0) if partial_PD is None else partial_PD.sum(0).to(weight_D.dtype)
+
+
+def _fused_backward(
+    grad_ND: Tensor,
+    grad_total_ND: Tensor | None,
+    hidden_ND: Tensor,
+    weight_D: Tensor,
+    inverse_N: Tensor,
+    grad_hidden: Tensor,
+    with_weight: bool,
+) -> Tensor | None:
+    num_tokens, hidden_size = hidden_ND.shape
+    other_ND = grad_ND if grad_total_ND is None else grad_total_ND
+    launch = kernels.BACKWARD.choose(hidden_ND.device.type, hidden_size)
+    programs = _programs(hidden_ND, launch.blocks["BLOCK_N"])
+    partial_PD = hidden_ND.new_empty(programs if with_weight else 0, hidden_size, dtype=torch.float32)
+    kernels.rms_norm_backward[(programs,)](
+        grad_ND,
+        other_ND,
+        hidden_ND,
+        weight_D,
+        inverse_N,
+        grad_hidden,
+        partial_PD,
+        num_tokens,
+        hidden_size,
+        grad_ND.stride(0),
+        other_ND.stride(0),
+        hidden_ND.stride(0),
+        HAS_GRAD_SUM=grad_total_ND is not None,
+        WITH_WEIGHT=with_weight,
+        **launch.keywords(),
+    )
+    return partial_PD if with_weight else None
+
+
+def _wide_backward(
+    grad_ND: Tensor,
+    grad_total_ND: Tensor | None,
+    hidden_ND: Tensor,
+    weight_D: Tensor,
+    inverse_N: Tensor,
+    grad_hidden: Tensor,
+    with_weight: bool,
+) -> Tensor | None:
+    num_tokens, hidden_size = hidden_ND.shape
+    other_ND = grad_ND if grad_total_ND is None else grad_total_ND
+    launch = kernels.WIDE_BACKWARD.choose(hidden_ND.device.type, hidden_size)
+    kernels.rms_norm_wide_backward[(num_tokens,)](
+        grad_ND,
+        other_ND,
+        hidden_ND,
+        weight_D,
+        inverse_N,
+        grad_hidden,
+        hidden_size,
+        grad_ND.stride(0),
+        other_ND.stride(0),
+        hidden_ND.stride(0),
+        HAS_GRAD_SUM=grad_total_ND is not None,
+        **launch.keywords(),
+    )
+    if not with_weight:
+        return None
+    launch = kernels.WIDE_WEIGHT.choose(hidden_ND.device.type, hidden_size)
+    columns = triton.cdiv(hidden_size, launch.blocks["BLOCK_D"])
+    programs = triton.cdiv(_programs(hidden_ND, launch.blocks["BLOCK_N"]), columns)
+    partial_PD = hidden_ND.new_empty(programs, hidden_size, dtype=torch.float32)
+    kernels.rms_norm_wide_weight[(programs, columns)](
+        grad_ND,
+        hidden_ND,
+        inverse_N,
+        partial_PD,
+        num_tokens,
+        hidden_size,
+        grad_ND.stride(0),
+        hidden_ND.stride(0),
+        NUM_STAGES=launch.num_stages,
+        **launch.keywords(),
+    )
+    return partial_PD
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps the normalised input (the sum where there is a residual) and one number a token."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, residual: Tensor | None, weight_D: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return launch_forward(hidden, residual, weight_D, epsilon)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, residual, weight_D, _ = inputs
+        _, total, inverse_N = output
+        ctx.set_materialize_grads(False)
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(hidden if residual is None else total, weight_D, inverse_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight_D, inverse_N = ctx.saved_tensors
+        if grad is None:
+            return grad_total, grad_total, None, None
+        with_weight = ctx.needs_input_grad[2]
+        grad_total = grad_total if ctx.has_residual else None
+        grad_hidden, grad_weight_D = launch_backward(grad, grad_total, hidden, weight_D, inverse_N, with_weight)
+        return grad_hidden, grad_hidden if ctx.has_residual else None, grad_weight_D if with_weight else None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Returns [N, D] whose rows lie at one distance and are contiguous: a view where the strides allow it."""
+    rows_ND = tensor.reshape(-1, tensor.shape[-1])
+    return rows_ND if rows_ND.stride(1) == 1 else rows_ND.contiguous()
+
+
+def _programs(hidden_ND: Tensor, block_rows: int) -> int:
+    multiprocessors = multiprocessor_count(hidden_ND.device.type)
+    most = _INTERPRETED_PROGRAMS if multiprocessors is None else _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+    return min(triton.cdiv(hidden_ND.shape[0], block_rows), most)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import platform
+import sys
+
+import pytest
+
+from tests.kernels.compiling import load_gate, run_gate
+
+CLEAN = {
+    "case": "a kernel",
+    "kind": "stream",
+    "arch": "sm_90",
+    "triton": "3.9.0",
+    "registers": "64",
+    "stack": "0",
+    "shared": "64",
+    "hgmma": "0",
+    "hmma": "0",
+    "load128": "4",
+    "async128": "0",
+}
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton's compiler is there for Linux on x86-64"
+)
+def test_every_kernel_compiles_for_sm_90_as_the_committed_table_says() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    result = run_gate("--processes", "2")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"stack": "8"}, "8 bytes of registers are spilled"),
+        ({"shared": str((227 << 10) + 1)}, "bytes of shared memory, more than"),
+        ({"kind": "matrix"}, "no asynchronous matrix products"),
+        ({"load128": "0"}, "no loads of 128 bits"),
+    ],
+)
+def test_what_may_not_be_is_named(change: dict[str, str], phrase: str) -> None:
+    gate = load_gate()
+    assert gate.failures(CLEAN) == []
+    assert phrase in gate.failures(CLEAN | change)[0]
+    assert gate.failures(CLEAN | {"load128": "0", "async128": "4"}) == []
+
+
+def test_a_table_that_differs_is_named(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = load_gate()
+    monkeypatch.setattr(gate, "TABLE", tmp_path / "table.csv")  # type: ignore[operator]
+    other_version = CLEAN | {"triton": "3.6.0", "registers": "70"}
+    gate.write_table([other_version], [90])
+    assert gate.differences([CLEAN]) == []
+    gate.write_table([CLEAN, CLEAN | {"case": "gone"}], [90])
+    assert len(gate.read_table()) == 3
+    found = gate.differences([CLEAN | {"registers": "65"}, CLEAN | {"case": "new"}])
+    assert found == [
+        "a kernel on sm_90: registers 64 -> 65",
+        "gone on sm_90 is in table.csv and is no case",
+        "new on sm_90 is not in table.csv",
+    ]
