@@ -97,7 +97,7 @@ def convert(
         hints: what the source does not say of itself.
         bos_token_id: for config.json; None: what the source or its tokenizer says.
         eos_token_id: likewise.
-        workers: tensors that are worked on at once; None: one for each core, eight at most.
+        workers: tensors that are worked on at once; None: two for each core, eight at most.
         dry_run: plan and check only.
         on_progress: called with (bytes done, bytes in all), by any worker.
 

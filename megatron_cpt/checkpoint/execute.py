@@ -11,20 +11,20 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_cpt.checkpoint.direct import write_exactly
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.layout import NewLayout
 from megatron_cpt.checkpoint.reader import bits, num_bytes, raw_bytes, row_blocks
-from megatron_cpt.checkpoint.runs import StoredModel, write_exactly, write_runs
-from megatron_cpt.config.folders import sync_path
+from megatron_cpt.checkpoint.runs import StoredModel, write_runs
 from megatron_cpt.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
@@ -33,13 +33,15 @@ JOURNAL = ".journal.jsonl"
 MAX_WORKERS = 8
 # Small enough for a core's cache: a block is read, hashed and written while it is there. Twice as fast as 16 MiB.
 STREAM_BYTES = 2 << 20
-FLUSH_SECONDS = 0.5
 _PROCESS_BYTES = 300 << 20  # Python, torch and the tables of a plan
 
 
 def num_workers(wanted: int | None = None) -> int:
-    """How many tensors are worked on at once: what is wanted, or one for each core, eight at most."""
-    return wanted or min(MAX_WORKERS, os.cpu_count() or 1)
+    """How many tensors are worked on at once: what is wanted, or two for each core, eight at most.
+
+    Two, because a worker waits for the disk about as long as it computes.
+    """
+    return wanted or min(MAX_WORKERS, 2 * (os.cpu_count() or 1))
 
 
 def peak_bytes(source: StoredModel, layout: NewLayout, workers: int, cast: torch.dtype | None) -> int:
@@ -49,12 +51,13 @@ def peak_bytes(source: StoredModel, layout: NewLayout, workers: int, cast: torch
         wide = max(source.dtype(name).itemsize, placed.dtype.itemsize)
         block = max(STREAM_BYTES, placed.columns * wide) if num_bytes(placed.shape, placed.dtype) > STREAM_BYTES else 0
         block = block or num_bytes(placed.shape, placed.dtype)
-        # As read; a run beside it on the way in or out, with what lies between its rows; another dtype, and its error.
+        # As read; a run beside it on the way in or out, with what lies between its rows; a copy that begins at a page;
+        # another dtype, and its error.
         pitch = max(
             run.pitch / (run.columns * placed.dtype.itemsize) for run in (*placed.runs, *source.tensors[name].runs)
         )
         rounded = 2 if name in source.rounded else 0  # a master rounded, and the weight that it has to be
-        each = max(each, int(block * (1 + pitch + rounded + (0 if cast is None else 4))))
+        each = max(each, int(block * (2 + pitch + rounded + (0 if cast is None else 4))))
     return _PROCESS_BYTES + workers * each
 
 
@@ -135,7 +138,7 @@ def execute(
         return _Done(name, digest, error, False)
 
     order = sorted(layout.tensors, key=lambda name: _place_in_order(name, layout.tensors[name].shape))
-    with ThreadPoolExecutor(workers) as pool, _flushing([folder / file.name for file in layout.files]):
+    with ThreadPoolExecutor(workers) as pool:
         done = list(_collected(pool, work, order))
     facts: dict[str, int | float] = {"resumed": sum(each.resumed for each in done)}
     errors = [each.error for each in done if layout.tensors[each.name].dtype != source.dtype(each.name)]
@@ -248,26 +251,6 @@ def _copies_agree(folder: Path, layout: NewLayout, target: StoredModel, name: st
             if not torch.equal(bits(ours), bits(theirs)):
                 return False
     return True
-
-
-@contextmanager
-def _flushing(paths: Sequence[Path]) -> Iterator[None]:
-    """Bring files to disk while they are being written, so that little is left for whoever does it at the end."""
-    finished = threading.Event()
-
-    def flush() -> None:
-        while not finished.wait(FLUSH_SECONDS):
-            for path in paths:
-                if not finished.is_set():
-                    sync_path(path)
-
-    with ThreadPoolExecutor(1) as beside:
-        flushed = beside.submit(flush)
-        try:
-            yield
-        finally:
-            finished.set()
-        flushed.result()  # the system tells of a failed write once, maybe here
 
 
 class Tally:

@@ -17,6 +17,7 @@ import torch
 
 from megatron_cpt.checkpoint.archive import read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides
+from megatron_cpt.checkpoint.direct import PAGE
 from megatron_cpt.checkpoint.files import brief, file_inside, json_inside
 from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, parse_hf_config
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout
@@ -129,7 +130,7 @@ def lay_out_hf(
     shards = split_into_shards(entries, sizes, max_shard_bytes)
     files, tensors, weight_map = [], {}, {}
     for file, shard in zip(shard_names(len(shards)), shards, strict=True):
-        raw, offsets = shard_header(shard)
+        raw, offsets = shard_header(shard, PAGE)  # so that tensors of whole pages begin at one
         for (name, shape, dtype), offset in zip(shard, offsets, strict=True):
             tensors[name] = _placed(Stored(Path(file), offset, shape, dtype))
             weight_map[name] = file
@@ -175,8 +176,13 @@ def split_into_shards(entries: Sequence[_T], sizes: Sequence[int], max_bytes: in
     return shards
 
 
-def shard_header(shard: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[bytes, list[int]]:
-    """The bytes before the data of a safetensors file, and where in the file each tensor begins."""
+def shard_header(
+    shard: Sequence[tuple[str, tuple[int, ...], torch.dtype]], alignment: int = 8
+) -> tuple[bytes, list[int]]:
+    """The bytes before the data of a safetensors file, and where in the file each tensor begins.
+
+    They are those of the safetensors library at its alignment, 8.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, begins = 0, []
     for name, shape, dtype in shard:
@@ -185,7 +191,7 @@ def shard_header(shard: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> t
         header[name] = {"dtype": _KINDS[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % alignment)
     raw = len(raw).to_bytes(8, "little") + raw
     return raw, [len(raw) + begin for begin in begins]
 

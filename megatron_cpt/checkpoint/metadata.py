@@ -7,9 +7,9 @@ The file is a pickle. Here every class it may name becomes a stand-in that only 
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from megatron_cpt.checkpoint.cover import check_cover
 from megatron_cpt.checkpoint.files import file_inside, read_whole
 from megatron_cpt.checkpoint.reader import num_bytes
-from megatron_cpt.checkpoint.stand_ins import StandIn
+from megatron_cpt.checkpoint.stand_ins import Named, NamedPickler, StandIn, named
 from megatron_cpt.checkpoint.unpickler import DTYPES, MAX_DIMENSIONS, SIZE, Unpickler, numbers
 from megatron_cpt.errors import CheckpointError
 
@@ -114,26 +114,57 @@ def read_index(folder: Path, wanted: Any) -> tuple[dict[str, StoredTensor], dict
 
 def write_index(folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject]) -> None:
     """Write `.metadata`, as torch and megatron-core read it, and bring it to disk; the files are there already."""
-    from torch.distributed.checkpoint import metadata as dcp  # slow to import, and only writing needs it
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
     described: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     for key, tensor in tensors.items():
         boxes = []
         for number, chunk in enumerate(tensor.chunks):
-            place = _StorageInfo(chunk.file, chunk.start, chunk.length)
-            places[dcp.MetadataIndex(key, torch.Size(chunk.offset), number)] = place
-            boxes.append(dcp.ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)))
-        properties = dcp.TensorProperties(dtype=tensor.dtype)
-        described[key] = dcp.TensorStorageMetadata(properties, torch.Size(tensor.size), boxes)
+            index = _record("MetadataIndex", fqn=key, offset=torch.Size(chunk.offset), index=number)
+            places[index] = _place(chunk.file, chunk.start, chunk.length)
+            boxes.append(
+                _record("ChunkStorageMetadata", offsets=torch.Size(chunk.offset), sizes=torch.Size(chunk.size))
+            )
+        described[key] = _record(
+            "TensorStorageMetadata", properties=_properties(tensor.dtype), size=torch.Size(tensor.size), chunks=boxes
+        )
     for key, held in objects.items():
-        described[key] = dcp.BytesStorageMetadata()
-        places[dcp.MetadataIndex(key)] = _StorageInfo(held.file, held.start, held.length)
+        described[key] = _record("BytesStorageMetadata")
+        places[_record("MetadataIndex", fqn=key, index=None)] = _place(held.file, held.start, held.length)
+    root = _record("Metadata", state_dict_metadata=described, storage_data=places)
     with open(folder / METADATA, "wb") as file:
-        pickle.dump(dcp.Metadata(state_dict_metadata=described, storage_data=places), file)
+        NamedPickler(file, protocol=4).dump(root)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _record(name: str, **fields: Any) -> StandIn:
+    """What pickles as an object of torch.distributed.checkpoint.metadata, a package that takes a second to import.
+
+    A field that is left out has the default of its class.
+    """
+    return _made("metadata", name, fields)
+
+
+def _place(file: str, start: int, length: int) -> StandIn:
+    return _made("filesystem", "_StorageInfo", {"relative_path": file, "offset": start, "length": length})
+
+
+def _properties(dtype: torch.dtype) -> StandIn:
+    """Dtype, layout, requires_grad, memory format (0: torch.contiguous_format) and pin_memory."""
+    encoding = _class_of("metadata", "_MEM_FORMAT_ENCODING")
+    return _made("metadata", "TensorProperties", (dtype, torch.strided, False, encoding(0), False))
+
+
+@cache
+def _class_of(module: str, name: str) -> Named:
+    return named(f"torch.distributed.checkpoint.{module}", name)
+
+
+def _made(module: str, name: str, state: Any) -> StandIn:
+    kind: Any = _class_of(module, name)
+    made: StandIn = kind.__new__(kind)
+    made.states = (state,)
+    return made
 
 
 def check_chunks(key: str, size: Sequence[int], chunks: Sequence[Chunk]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_cpt.checkpoint.archive import lay_out_archive, read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides, pickled
+from megatron_cpt.checkpoint.direct import write_exactly
 from megatron_cpt.checkpoint.files import file_inside, new_tensor, read_exactly, read_tensor, require_space
 from megatron_cpt.checkpoint.huggingface import dense
 from megatron_cpt.checkpoint.layout import hole
@@ -32,7 +33,6 @@ from megatron_cpt.checkpoint.mp_rank_files import (
     tracked_name,
 )
 from megatron_cpt.checkpoint.reader import BLOCK_BYTES, num_bytes, raw_bytes, row_blocks
-from megatron_cpt.checkpoint.runs import write_exactly
 from megatron_cpt.checkpoint.tables import Matrix, NewTable, Progress, Rows, Table, blocks, carry
 from megatron_cpt.config.manifest import write_text_atomic
 from megatron_cpt.errors import CheckpointError

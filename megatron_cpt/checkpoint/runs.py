@@ -7,7 +7,6 @@ tensors (`execute`, `verify`) knows nothing of formats.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_cpt.checkpoint.archive_pickle import Array
 from megatron_cpt.checkpoint.cover import check_cover
+from megatron_cpt.checkpoint.direct import write_exactly, write_through
 from megatron_cpt.checkpoint.files import new_tensor, read_exactly
 from megatron_cpt.checkpoint.llama import EMBEDDING, hf_shapes
 from megatron_cpt.checkpoint.optimizer_state import LEAVE_BEHIND, OptimizerFacts
@@ -298,21 +298,14 @@ def write_runs(folder: Path, placed: Placed, start: int, rows: Tensor, runs: Ite
             continue
         part = matrix[first - start : last - start, run.column : run.column + run.columns].contiguous()
         offset, view = run.offset + (first - run.row) * run.pitch, raw_bytes(part)
+        row_bytes = run.columns * placed.dtype.itemsize
+        if run.pitch == row_bytes:
+            write_through(folder / run.file, offset, view)
+            continue
         with open(folder / run.file, "r+b", buffering=0) as file:
-            row_bytes = run.columns * placed.dtype.itemsize
-            if run.pitch == row_bytes:
-                write_exactly(file.fileno(), offset, view)
-            else:
-                for row in range(last - first):
-                    at = row * row_bytes
-                    write_exactly(file.fileno(), offset + row * run.pitch, view[at : at + row_bytes])
-
-
-def write_exactly(descriptor: int, offset: int, view: memoryview | bytes) -> None:
-    """Write all of a buffer at a place of an open file."""
-    done = 0
-    while done < len(view):
-        done += os.pwritev(descriptor, [view[done:]], offset + done)
+            for row in range(last - first):
+                at = row * row_bytes
+                write_exactly(file.fileno(), offset + row * run.pitch, view[at : at + row_bytes])
 
 
 def total_bytes(model: StoredModel, names: Iterable[str]) -> int:

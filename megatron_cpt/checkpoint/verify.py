@@ -61,7 +61,7 @@ def verify(
         dst: what is proved.
         on_progress: called with (bytes done, bytes in all).
         logits: compute both in fp32 and compare their logits too, see `logits.compare_logits`.
-        workers: tensors that are compared at once; None: one for each core, eight at most.
+        workers: tensors that are compared at once; None: two for each core, eight at most.
         hints: what a checkpoint does not say of itself.
 
     Returns:

@@ -78,7 +78,7 @@ BosOption = Annotated[
     int | None, typer.Option(min=0, help="Id of the token that begins a text.", rich_help_panel=_TOLD)
 ]
 EosOption = Annotated[int | None, typer.Option(min=0, help="Id of the token that ends a text.", rich_help_panel=_TOLD)]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Tensors at once; default: the cores, up to 8.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Tensors at once; default: two for each core, up to 8.")]
 
 
 @app.command()

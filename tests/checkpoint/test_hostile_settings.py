@@ -276,7 +276,7 @@ TABLE = torch.zeros(256, 32)
         ({"args": llama_args(num_layers=9_999)}, "is missing"),
         ({"args": llama_args(num_query_groups=5 * 10**8, group_query_attention=True)}, "expected at most 10000"),
         ({"args": llama_args(rotary_base=10**400)}, "impossible size"),
-        ({"args": llama_args(vocab_size=2**40)}, "says 1099511627776 of how many"),
+        ({"args": llama_args(vocab_size=2**40)}, "fewer than the 1099511627776 that"),
         ({"args": llama_args(normalization=doubled("RMSNorm"))}, "the same parts again and again"),
     ],
 )
