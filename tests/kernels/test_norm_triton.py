@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from megatron_cpt.kernels import add_rms_norm, rms_norm
 from megatron_cpt.kernels.tuning import Launch
-from tests.kernels.guarded import Guard, assert_within_reference_error, guarded
+from tests.kernels.comparing import assert_accurate_and_confined
+from tests.kernels.guarded import Guard
 
 EPSILON = 1e-5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -36,29 +36,6 @@ def _ours_add(hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor,
     return add_rms_norm(hidden, residual, weight, EPSILON, implementation="triton")
 
 
-def _run(function: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
-    """Returns outputs and then the gradients of all inputs."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, grads)]
-
-
-def _compare(ours: Any, plain: Any, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
-    guards = [guarded(x) for x in (*inputs, *grads)]
-    values = tuple(guard.value for guard in guards)
-    got = _run(ours, values[: len(inputs)], values[len(inputs) :])
-    again = _run(ours, values[: len(inputs)], values[len(inputs) :])
-    assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
-    for guard in guards:
-        guard.check()
-    native = _run(plain, inputs, grads)
-    exact = _run(plain, tuple(x.double() for x in inputs), tuple(x.double() for x in grads))
-    assert [x.dtype for x in got] == [x.dtype for x in native]
-    for position, (one, other, truth) in enumerate(zip(got, native, exact, strict=True)):
-        assert_within_reference_error(one, other, truth, f"result {position}")
-
-
 def _tokens(*shape: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(*shape, dtype=torch.float64) * 3).to(dtype)
 
@@ -67,7 +44,7 @@ def _tokens(*shape: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("shape", [(37, 24), (3, 5, 7), (61, 1), (2, 1, 4096), (5, 8192), (2, 9000), (0, 8)], ids=str)
 def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, allocations: list[Guard]) -> None:
     hidden, weight, grad = (_tokens(*size, dtype=dtype) for size in (shape, shape[-1:], shape))
-    _compare(_ours, _plain, (hidden, weight), (grad,))
+    assert_accurate_and_confined(_ours, _plain, (hidden, weight), (grad,))
     assert allocations or not hidden.numel()
 
 
@@ -78,7 +55,7 @@ def test_values_and_gradients_with_a_residual(shape: tuple[int, ...], dtype: tor
     hidden, residual, weight, *grads = (
         _tokens(*size, dtype=dtype) for size in (shape, shape, shape[-1:], shape, shape)
     )
-    _compare(_ours_add, _plain_add, (hidden, residual, weight), tuple(grads))
+    assert_accurate_and_confined(_ours_add, _plain_add, (hidden, residual, weight), tuple(grads))
 
 
 @pytest.mark.parametrize("function", [_ours, _ours_add])
@@ -101,7 +78,7 @@ def test_strides_of_the_leading_dimensions() -> None:
     for x in (hidden.transpose(0, 1)[..., 8:24], hidden.transpose(0, 1)[..., 1::3], hidden[::2, 1, 32:]):
         rest = residual[..., :16] if x.dim() == 3 else residual[:3, 0, :16]
         grads = (grad, grad.flip(0)) if x.dim() == 3 else (grad[:3, 0], grad[:3, 1])
-        _compare(_ours_add, _plain_add, (x, rest, weight), grads)
+        assert_accurate_and_confined(_ours_add, _plain_add, (x, rest, weight), grads)
 
 
 def test_a_gradient_whose_rows_are_one() -> None:
@@ -123,7 +100,7 @@ def test_output_has_the_bits_of_the_torch_implementation() -> None:
 
 def test_a_wider_weight_keeps_the_dtype_of_the_tokens() -> None:
     inputs = _tokens(7, 24, dtype=torch.bfloat16), _tokens(24, dtype=torch.float32)
-    _compare(_ours, _plain, inputs, (_tokens(7, 24, dtype=torch.bfloat16),))
+    assert_accurate_and_confined(_ours, _plain, inputs, (_tokens(7, 24, dtype=torch.bfloat16),))
 
 
 def test_only_wanted_gradients_are_made() -> None:

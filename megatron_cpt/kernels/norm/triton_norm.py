@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_cpt.kernels.norm import triton_kernels as kernels
+from megatron_cpt.kernels.strides import rows_of
 from megatron_cpt.runtime.device import multiprocessor_count
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -35,8 +36,8 @@ def launch_forward(
     hidden: Tensor, residual: Tensor | None, weight_D: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns normed [..., D], the sum [..., D] (empty without a residual) and 1 / rms [N] in fp32."""
-    hidden_ND = _rows(hidden)
-    residual_ND = hidden_ND if residual is None else _rows(residual)
+    hidden_ND = rows_of(hidden)
+    residual_ND = hidden_ND if residual is None else rows_of(residual)
     num_tokens, hidden_size = hidden_ND.shape
     normed = hidden.new_empty(hidden.shape)
     total = hidden.new_empty(hidden.shape if residual is not None else (0,))
@@ -69,7 +70,7 @@ def launch_backward(
     grad_hidden = hidden.new_empty(hidden.shape)
     if not hidden.numel():
         return grad_hidden, weight_D.new_zeros(weight_D.shape if with_weight else (0,))
-    rows = _rows(grad), None if grad_total is None else _rows(grad_total), _rows(hidden)
+    rows = rows_of(grad), None if grad_total is None else rows_of(grad_total), rows_of(hidden)
     run = _fused_backward if hidden.shape[-1] <= kernels.FUSED_SIZE else _wide_backward
     partial_PD = run(*rows, weight_D.contiguous(), inverse_N, grad_hidden, with_weight)
     # torch adds along a dimension in an order that depends on the shape alone.
@@ -186,12 +187,6 @@ class _RmsNorm(torch.autograd.Function):
         grad_total = grad_total if ctx.has_residual else None
         grad_hidden, grad_weight_D = launch_backward(grad, grad_total, hidden, weight_D, inverse_N, with_weight)
         return grad_hidden, grad_hidden if ctx.has_residual else None, grad_weight_D if with_weight else None, None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Returns [N, D] whose rows lie at one distance and are contiguous: a view where the strides allow it."""
-    rows_ND = tensor.reshape(-1, tensor.shape[-1])
-    return rows_ND if rows_ND.stride(1) == 1 else rows_ND.contiguous()
 
 
 def _programs(hidden_ND: Tensor, block_rows: int) -> int:
