@@ -14,7 +14,7 @@ from pydantic import Field
 from megatron_cpt.config.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 from megatron_cpt.config.surgery import SurgeryConfig
 
-Implementation = Literal["auto", "torch"]
+Implementation = Literal["auto", "triton", "torch"]
 # A language names files and metrics, so it must not be able to name another folder.
 LANGUAGE_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 LANGUAGE_RULE = "a name of letters, digits, '-' and '_' that begins with a letter, such as ja"
@@ -158,6 +158,8 @@ class KernelConfig(Section):
     attention: Implementation = "auto"
     cross_entropy: Implementation = "auto"
     norm: Implementation = "auto"
+    rope: Implementation = "auto"
+    swiglu: Implementation = "auto"
     cross_entropy_budget_mib: Positive = 1024  # largest block of logits held at once
 
 

@@ -43,6 +43,27 @@ class _Implementation:
     supports: Supports
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation of an op runs, and why those that "auto" would have preferred do not.
+
+    Attributes:
+        op: name of the op.
+        implementation: name of what runs.
+        function: what to call.
+        obstacles: name -> reason, a phrase, of each implementation that was asked before and cannot run.
+    """
+
+    op: str
+    implementation: str
+    function: Callable[..., Any]
+    obstacles: dict[str, str]
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; {name} cannot run here: {reason}" for name, reason in self.obstacles.items())
+        return f"{self.op}: {self.implementation}{reasons}"
+
+
 class Registry:
     """The implementations of each op, in the order in which "auto" tries them."""
 
@@ -61,7 +82,11 @@ class Registry:
         implementations.append(_Implementation(name, function, supports))
 
     def choose(self, op: str, implementation: str = AUTO, **facts: object) -> Callable[..., Any]:
-        """Returns the function to call for `op`.
+        """Returns the function to call for `op`; arguments and errors are those of `decide`."""
+        return self.decide(op, implementation, **facts).function
+
+    def decide(self, op: str, implementation: str = AUTO, **facts: object) -> Choice:
+        """Returns which implementation of `op` runs, and the reasons against those before it.
 
         Args:
             op: name of the op.
@@ -78,16 +103,17 @@ class Registry:
         names = [candidate.name for candidate in implementations]
         if implementation != AUTO and implementation not in names:
             raise KernelUnsupported(f"{op}: got implementation {implementation!r}; use one of {[AUTO, *names]}")
-        reasons = []
+        obstacles: dict[str, str] = {}
         for candidate in implementations:
             if implementation not in (AUTO, candidate.name):
                 continue
             reason = candidate.supports(**facts, named=implementation != AUTO)
             if reason is None:
-                return candidate.function
-            reasons.append(f"{candidate.name!r} cannot run here: {reason}")
+                return Choice(op, candidate.name, candidate.function, obstacles)
+            obstacles[candidate.name] = reason
+        reasons = "; ".join(f"{name!r} cannot run here: {reason}" for name, reason in obstacles.items())
         advice = "" if implementation == AUTO else f"; use {AUTO!r} to let the op choose"
-        raise KernelUnsupported(f"{op}: {'; '.join(reasons)}{advice}")
+        raise KernelUnsupported(f"{op}: {reasons}{advice}")
 
     def explain(self, **facts: object) -> list[dict[str, Any]]:
         """Returns one row for each implementation: op, implementation, supported, reason.
@@ -110,6 +136,7 @@ class Registry:
 _REGISTRY = Registry()
 register = _REGISTRY.register
 choose = _REGISTRY.choose
+decide = _REGISTRY.decide
 explain = _REGISTRY.explain
 
 

@@ -1,7 +1,7 @@
-"""The modules that replace megatron-core's own: norm and core attention over packed documents.
+"""The modules that replace megatron-core's own: norm, rotation, core attention over packed documents, activation.
 
-Shape letters: N tokens of a micro-batch, D hidden, H heads, G KV groups, K head size; on a TP rank
-H and G are the local ones.
+Shape letters: N tokens of a micro-batch, D hidden, H heads, G KV groups, K head size, R = K / 2, F FFN size; on a
+TP rank H, G and F are the local ones.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_cpt.kernels import attention, rms_norm
+from megatron_cpt.kernels import attention, packed_swiglu, rms_norm, rope
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class PackedDocuments:
     """Where the documents of a packed row begin and end.
 
     It travels through megatron-core in place of its `PackedSeqParams`. `qkv_format` is deliberately
-    not "thd": the engine then leaves the tensors alone, applies the rotary table per token as it is
-    given (positions restart in it) and hands this object to the core attention.
+    not "thd": the engine then leaves the tensors alone and hands this object to the core attention.
 
     Attributes:
         cu_seqlens: (documents + 1,) int32 on the host; first 0, last N.
@@ -57,6 +57,58 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise (..., D); statistics in fp32."""
         return rms_norm(hidden, self.weight, self.epsilon, implementation=self.implementation)
+
+
+class RotatedSelfAttention(SelfAttention):
+    """megatron-core's self-attention, with query and key rotated as they leave the projection.
+
+    The engine would make cosines and sines anew for query and key of every layer, and copy the query out of the
+    projection before it rotates it. Here the table comes with the hidden states, [2, N, R] in fp32, in the place of
+    the engine's angles, and one op does both.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.implementation = self.config.rope_implementation
+        self._table_2NR: Tensor | None = None
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; hidden (N or a TP rank's part of it, 1, D) -> the same shape."""
+        self._table_2NR = rotary_pos_emb
+        result: tuple[Tensor, Tensor | None] = super().forward(hidden_states, attention_mask, **options)
+        self._table_2NR = None
+        return result
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Project and rotate: query (N, 1, H, K), key and value (N, 1, G, K)."""
+        assert self._table_2NR is not None
+        if self.config.num_query_groups < self.world_size:
+            # Ranks share a group: the engine gathers it and takes this rank's heads.
+            query, key, value = (heads.squeeze(1) for heads in super().get_query_key_value_tensors(hidden_states))
+        else:
+            packed, _bias = self.linear_qkv(hidden_states)
+            groups_NGMK = packed.view(
+                packed.shape[0], self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head
+            )
+            query, key, value = groups_NGMK.split([groups_NGMK.shape[2] - 2, 1, 1], dim=2)
+            key, value = key.squeeze(2), value.squeeze(2)
+        cos_NR, sin_NR = self._table_2NR
+        query, key = rope(query, key, cos_NR, sin_NR, implementation=self.implementation)
+        return query.flatten(1, -2).unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+
+
+class SwiGLU(MegatronModule):
+    """The MLP's activation; stands where megatron-core has a module of transformer-engine."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.implementation = config.swiglu_implementation
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """Gate and up projection side by side (N, 1, 2 F) -> (N, 1, F)."""
+        return packed_swiglu(gate_up, implementation=self.implementation)
 
 
 class PackedAttention(MegatronModule):

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron_cpt.config.schema import KernelConfig, LlamaShape, ParallelConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.kernels import linear_cross_entropy
-from megatron_cpt.model.layers import PackedAttention, PackedDocuments, RMSNorm
+from megatron_cpt.kernels import dispatch, linear_cross_entropy, rotary_table
+from megatron_cpt.model.layers import PackedAttention, PackedDocuments, RMSNorm, RotatedSelfAttention, SwiGLU
 from megatron_cpt.planning.layout import Layout
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.mesh import Mesh
@@ -35,6 +35,8 @@ class LlamaEngineConfig(TransformerConfig):
 
     attention_implementation: str = "auto"
     norm_implementation: str = "auto"
+    rope_implementation: str = "auto"
+    swiglu_implementation: str = "auto"
     cross_entropy_implementation: str = "auto"
     cross_entropy_budget_bytes: int = 1 << 30
     vocab_size: int = 0
@@ -58,9 +60,8 @@ class LlamaModel(GPTModel):
         packed: PackedDocuments = kwargs["packed_seq_params"]
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        inverse_frequencies = self.rotary_pos_emb.inv_freq.to(packed.position_ids_N.device)
-        angles_NK = torch.outer(packed.position_ids_N.float(), inverse_frequencies).repeat(1, 2)
-        return decoder_input, angles_NK[:, None, None, :], None, None, None, None
+        table_2NR = torch.stack(rotary_table(self.rotary_pos_emb.inv_freq, packed.position_ids_N))
+        return decoder_input, table_2NR, None, None, None, None
 
     def _postprocess(
         self, hidden_states: Tensor, labels: Tensor | None, packed_seq_params: PackedDocuments, **_: Any
@@ -147,13 +148,33 @@ def engine_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        use_te_activation_func=True,  # the place for a module of ours; transformer-engine takes no part
         attention_implementation=kernels.attention,
         norm_implementation=kernels.norm,
+        rope_implementation=kernels.rope,
+        swiglu_implementation=kernels.swiglu,
         cross_entropy_implementation=kernels.cross_entropy,
         cross_entropy_budget_bytes=kernels.cross_entropy_budget_mib << 20,
         vocab_size=vocab_size,
         parameter_device=current_device().torch_device(),
     )
+
+
+def kernel_choices(config: LlamaEngineConfig) -> list[dispatch.Choice]:
+    """Returns which implementation each op of the model uses, and the reasons against those before it.
+
+    Raises:
+        KernelUnsupported: a named implementation cannot run here.
+    """
+    facts = {"device": config.parameter_device.type, "dtype": config.params_dtype, "head_size": config.kv_channels}
+    named = {
+        "attention": config.attention_implementation,
+        "linear_cross_entropy": config.cross_entropy_implementation,
+        "rms_norm": config.norm_implementation,
+        "rope": config.rope_implementation,
+        "swiglu": config.swiglu_implementation,
+    }
+    return [dispatch.decide(op, implementation, **facts) for op, implementation in named.items()]
 
 
 def build_model(config: LlamaEngineConfig, shape: LlamaShape, padded_vocab_size: int, mesh: Mesh) -> list[LlamaModel]:
@@ -173,7 +194,9 @@ def build_model(config: LlamaEngineConfig, shape: LlamaShape, padded_vocab_size:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.module = RotatedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
     stages = range(mesh.virtual_size) if mesh.virtual_size else (None,)
     last = (mesh.virtual_size or 1) - 1
     return [

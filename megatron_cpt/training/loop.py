@@ -18,7 +18,7 @@ from megatron_cpt.config.manifest import write_json_atomic
 from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.data import Batch, IndexedDataset, Loader, open_windows, validation_batch
 from megatron_cpt.errors import InputError, TrainingError
-from megatron_cpt.model.llama import build_model, engine_config
+from megatron_cpt.model.llama import build_model, engine_config, kernel_choices
 from megatron_cpt.planning.flops import flops_per_token
 from megatron_cpt.planning.parameters import count_parameters
 from megatron_cpt.runtime.device import current_device
@@ -67,6 +67,7 @@ class Trainer:
         self.engine = engine_config(
             inputs.shape, self.vocab_size, layout, config.parallel, config.kernels, config.precision
         )
+        self.kernel_choices = kernel_choices(self.engine)
         chunks = build_model(self.engine, inputs.shape, layout.padded_vocab_size, mesh)
         self.model = [self._distribute(chunk, index) for index, chunk in enumerate(chunks)]
         self.optimizer = build_optimizer(config.optimizer, self.model, config.precision)
@@ -88,6 +89,10 @@ class Trainer:
             "parameters": count_parameters(inputs.shape, self.vocab_size).total,
             "peak_flops_per_process": peak,
             "peak_flops_from": peak_from,
+            "kernels": {
+                choice.op: {"implementation": choice.implementation, "obstacles": choice.obstacles}
+                for choice in self.kernel_choices
+            },
         }
 
     def _distribute(self, chunk: torch.nn.Module, index: int) -> DistributedDataParallel:
@@ -121,6 +126,8 @@ class Trainer:
                 return
             if self.is_main:
                 write_json_atomic(self.output / "job.json", self.facts_of_job)
+                for choice in self.kernel_choices:
+                    print(f"kernel | {choice}", flush=True)
             log = MetricsLog(self.output, config.train_steps, step) if self.is_main else None
             ahead = PREFETCH_STEPS * self.micro_batches_per_step
             try:

@@ -121,13 +121,14 @@ def test_sizes(mesh: Mesh) -> None:
 
 
 def test_own_modules_are_in_place(mesh: Mesh) -> None:
-    from megatron_cpt.model.layers import PackedAttention, RMSNorm
+    from megatron_cpt.model.layers import PackedAttention, RMSNorm, RotatedSelfAttention, SwiGLU
 
     model = build(mesh)
     norms = {name.removesuffix(".weight") for name, _ in model.named_parameters() if "norm" in name}
     own = {name for name, module in model.named_modules() if isinstance(module, RMSNorm)}
     assert own == norms and len(own) == 2 * 4 + 1
-    assert sum(isinstance(module, PackedAttention) for module in model.modules()) == 4
+    for kind in (PackedAttention, RotatedSelfAttention, SwiGLU):
+        assert sum(isinstance(module, kind) for module in model.modules()) == 4
     assert not any("DotProductAttention" in type(module).__name__ for module in model.modules())
     assert all(norm.epsilon == SHAPE.norm_epsilon for norm in model.modules() if isinstance(norm, RMSNorm))
 
@@ -155,9 +156,31 @@ def test_chosen_implementations_reach_the_ops(mesh: Mesh, monkeypatch: pytest.Mo
     tokens = torch.arange(8)[None]
     documents = PackedDocuments(torch.tensor([0, 8], dtype=torch.int32), torch.arange(8), 8)
     arguments = {"input_ids": tokens, "position_ids": tokens, "attention_mask": None, "packed_seq_params": documents}
-    for name in ("attention", "norm", "cross_entropy"):
+    for name in ("attention", "norm", "cross_entropy", "rope", "swiglu"):
         kernels = KernelConfig.model_construct(**{**KernelConfig().model_dump(), name: "nowhere"})
         with pytest.raises(KernelUnsupported, match="nowhere"):
             build(mesh, kernels=kernels)(**arguments, labels=tokens)
     assert build(mesh)(**arguments, labels=tokens).shape == (8,)
     assert build(mesh)(**arguments).shape == (8, VOCAB_SIZE)
+
+
+def test_interpreted_kernels_give_the_numbers_of_torch(mesh: Mesh) -> None:
+    import torch
+
+    from megatron_cpt.model.layers import PackedDocuments
+
+    pytest.importorskip("triton", reason="triton is not installed")
+    tokens = torch.arange(8)[None]
+    documents = PackedDocuments(torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([*range(3), *range(5)]), 5)
+    results = []
+    for implementation in ("torch", "triton"):
+        kernels = KernelConfig(norm=implementation, rope=implementation, swiglu=implementation)
+        torch.manual_seed(1)
+        model = build(mesh, kernels=kernels)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        loss = model(tokens, tokens, None, labels=tokens, packed_seq_params=documents)
+        loss.square().sum().backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())

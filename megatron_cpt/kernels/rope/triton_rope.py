@@ -92,4 +92,6 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
-        return (*launch_rotation(grad_query, grad_key, *ctx.saved_tensors, True), None, None, None)
+        cos_NR, sin_NR = ctx.saved_tensors
+        grads = launch_rotation(grad_query, grad_key, cos_NR, sin_NR, True)
+        return (*grads, None, None, None)

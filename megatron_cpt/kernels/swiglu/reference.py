@@ -30,10 +30,17 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate, up = ctx.saved_tensors
         gate_NF, up_NF = _halves(gate, up)
-        grad_gate_NF = torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF) if ctx.needs_input_grad[0] else None
         if up is None:
-            return torch.cat((grad_gate_NF, grad_NF * silu(gate_NF)), -1), None
-        return grad_gate_NF, grad_NF * silu(gate_NF) if ctx.needs_input_grad[1] else None
+            return torch.cat((_grad_gate(grad_NF, gate_NF, up_NF), grad_NF * silu(gate_NF)), -1), None
+        return (
+            _grad_gate(grad_NF, gate_NF, up_NF) if ctx.needs_input_grad[0] else None,
+            grad_NF * silu(gate_NF) if ctx.needs_input_grad[1] else None,
+        )
+
+
+def _grad_gate(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    result: Tensor = torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF)
+    return result
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
