@@ -68,7 +68,7 @@ class Registry:
     """The implementations of each op, in the order in which "auto" tries them."""
 
     def __init__(self) -> None:
-        self._ops: dict[str, list[_Implementation]] = {}
+        self._ops: dict[str, dict[str, _Implementation]] = {}
 
     def register(self, op: str, name: str, function: Callable[..., Any], supports: Supports) -> None:
         """Adds an implementation behind those that `op` already has.
@@ -76,14 +76,14 @@ class Registry:
         Raises:
             ValueError: the op has one of this name already, or the name is "auto".
         """
-        implementations = self._ops.setdefault(op, [])
-        if name == AUTO or any(other.name == name for other in implementations):
+        implementations = self._ops.setdefault(op, {})
+        if name == AUTO or name in implementations:
             raise ValueError(f"{op}: an implementation cannot be named {name!r}: the name is taken")
-        implementations.append(_Implementation(name, function, supports))
+        implementations[name] = _Implementation(name, function, supports)
 
-    def choose(self, op: str, implementation: str = AUTO, **facts: object) -> Callable[..., Any]:
-        """Returns the function to call for `op`; arguments and errors are those of `decide`."""
-        return self.decide(op, implementation, **facts).function
+    def function(self, op: str, name: str) -> Callable[..., Any]:
+        """Returns the function of an implementation that is there."""
+        return self._ops[op][name].function
 
     def decide(self, op: str, implementation: str = AUTO, **facts: object) -> Choice:
         """Returns which implementation of `op` runs, and the reasons against those before it.
@@ -100,11 +100,11 @@ class Registry:
         implementations = self._ops.get(op)
         if not implementations:
             raise ValueError(f"no op is called {op!r}; there are {sorted(self._ops)}")
-        names = [candidate.name for candidate in implementations]
-        if implementation != AUTO and implementation not in names:
-            raise KernelUnsupported(f"{op}: got implementation {implementation!r}; use one of {[AUTO, *names]}")
+        if implementation != AUTO and implementation not in implementations:
+            known = [AUTO, *implementations]
+            raise KernelUnsupported(f"{op}: got implementation {implementation!r}; use one of {known}")
         obstacles: dict[str, str] = {}
-        for candidate in implementations:
+        for candidate in implementations.values():
             if implementation not in (AUTO, candidate.name):
                 continue
             reason = candidate.supports(**facts, named=implementation != AUTO)
@@ -123,7 +123,7 @@ class Registry:
         rows: list[dict[str, Any]] = []
         for op, implementations in sorted(self._ops.items()):
             chosen: str | None = None
-            for candidate in implementations:
+            for candidate in implementations.values():
                 reason = candidate.supports(**facts, named=False)
                 supported = reason is None
                 if reason is None:
@@ -135,9 +135,22 @@ class Registry:
 
 _REGISTRY = Registry()
 register = _REGISTRY.register
-choose = _REGISTRY.choose
 decide = _REGISTRY.decide
 explain = _REGISTRY.explain
+
+
+def choose(op: str, implementation: str = AUTO, **facts: object) -> Callable[..., Any]:
+    """Returns the function to call for `op`; arguments and errors are those of `Registry.decide`."""
+    return _REGISTRY.function(op, _chosen_name(op, implementation, **facts))
+
+
+def _chosen_name(op: str, implementation: str, **facts: object) -> str:
+    return _REGISTRY.decide(op, implementation, **facts).implementation
+
+
+# torch.compile calls it while it traces and goes on with the result, instead of tracing it. The public decorator
+# for this, torch.compiler.assume_constant_result, sets this mark after it has loaded the whole compiler.
+_chosen_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def anywhere(**_facts: object) -> None:

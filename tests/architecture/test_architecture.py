@@ -51,7 +51,9 @@ FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without the docstring
 LONGER_FILES: dict[str, str] = {}  # path -> why
-LONGER_FUNCTIONS: dict[str, str] = {}  # path::name -> why
+LONGER_FUNCTIONS: dict[str, str] = {  # path::name -> why
+    "megatron_cpt/kernels/rope/triton_kernels.py::rotate": "a kernel of 23 arguments, a line each",
+}
 
 
 def sources(folder: Path = PACKAGE) -> list[Path]:

@@ -24,16 +24,16 @@ def _registry() -> dispatch.Registry:
 
 
 def test_auto_takes_the_first_that_supports_the_facts() -> None:
-    assert _registry().choose("add", "auto", device="tpu")() == "fast"
-    assert _registry().choose("add", "auto", device="cpu")() == "torch"
-    assert _registry().choose("add", "torch", device="tpu")() == "torch"
+    assert _registry().decide("add", "auto", device="tpu").implementation == "fast"
+    assert _registry().decide("add", "auto", device="cpu").implementation == "torch"
+    assert _registry().decide("add", "torch", device="tpu").implementation == "torch"
 
 
 def test_a_named_implementation_that_cannot_run_raises_with_the_reason() -> None:
     with pytest.raises(KernelUnsupported, match="'fast' cannot run here: it needs a tpu, not cpu"):
-        _registry().choose("add", "fast", device="cpu")
+        _registry().decide("add", "fast", device="cpu")
     with pytest.raises(KernelUnsupported, match=r"'cuda'.*\['auto', 'fast', 'torch'\]"):
-        _registry().choose("add", "cuda", device="cpu")
+        _registry().decide("add", "cuda", device="cpu")
 
 
 def test_auto_raises_with_every_reason_when_none_can_run() -> None:
@@ -41,7 +41,7 @@ def test_auto_raises_with_every_reason_when_none_can_run() -> None:
     registry.register("add", "fast", lambda: "fast", _fast_only_on_tpu)
     registry.register("add", "faster", lambda: "faster", _fast_only_on_tpu)
     with pytest.raises(KernelUnsupported, match="'fast' cannot run here.*'faster' cannot run here"):
-        registry.choose("add", device="cpu")
+        registry.decide("add", device="cpu")
 
 
 def test_a_name_is_given_once() -> None:
@@ -115,8 +115,8 @@ def test_an_implementation_knows_whether_it_is_named() -> None:
     registry = dispatch.Registry()
     registry.register("add", "shy", lambda: "shy", lambda **facts: None if facts["named"] else "it waits for its name")
     registry.register("add", "torch", lambda: "torch", dispatch.anywhere)
-    assert registry.choose("add")() == "torch"
-    assert registry.choose("add", "shy")() == "shy"
+    assert registry.decide("add").implementation == "torch"
+    assert registry.decide("add", "shy").implementation == "shy"
     assert registry.explain()[0]["reason"] == "it waits for its name"
 
 

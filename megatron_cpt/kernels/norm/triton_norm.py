@@ -5,13 +5,14 @@ Shape letters: N tokens, D hidden size, P programs of a backward kernel.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron_cpt.kernels.graph import GraphOp
 from megatron_cpt.kernels.norm import triton_kernels as kernels
 from megatron_cpt.kernels.strides import rows_of
 from megatron_cpt.runtime.device import multiprocessor_count
@@ -22,13 +23,13 @@ _INTERPRETED_PROGRAMS = 3  # enough that partial sums are really added
 
 def rms_norm(hidden: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """Returns weight * cast(x / rms(x)); see `op.rms_norm`."""
-    normed: Tensor = _RmsNorm.apply(hidden, None, weight_D, epsilon)[0]
+    normed: Tensor = _RMS_NORM(hidden, None, weight_D, epsilon)[0]
     return normed
 
 
 def add_rms_norm(hidden: Tensor, residual: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Returns the norm of the sum, and the sum; see `op.add_rms_norm`."""
-    normed, total, _ = _RmsNorm.apply(hidden, residual, weight_D, epsilon)
+    normed, total, _ = _RMS_NORM(hidden, residual, weight_D, epsilon)
     return normed, total
 
 
@@ -158,35 +159,57 @@ def _wide_backward(
     return partial_PD
 
 
-class _RmsNorm(torch.autograd.Function):
+def _fake_forward(
+    hidden: Tensor, residual: Tensor | None, weight_D: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden.new_empty(hidden.shape if residual is not None else (0,))
+    return hidden.new_empty(hidden.shape), total, hidden.new_empty(_num_tokens(hidden), dtype=torch.float32)
+
+
+def _fake_backward(
+    grad: Tensor, grad_total: Tensor | None, hidden: Tensor, weight_D: Tensor, inverse_N: Tensor, with_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight_D.new_empty(weight_D.shape if with_weight else (0,))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keeps the normalised input (the sum where there is a residual) and one number a token."""
+    hidden, residual, weight_D, _ = inputs
+    _, total, inverse_N = output
+    ctx.set_materialize_grads(False)
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(hidden if residual is None else total, weight_D, inverse_N)
 
-    @staticmethod
-    def forward(
-        hidden: Tensor, residual: Tensor | None, weight_D: Tensor, epsilon: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return launch_forward(hidden, residual, weight_D, epsilon)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        hidden, residual, weight_D, _ = inputs
-        _, total, inverse_N = output
-        ctx.set_materialize_grads(False)
-        ctx.has_residual = residual is not None
-        ctx.save_for_backward(hidden if residual is None else total, weight_D, inverse_N)
+def _arguments(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    hidden, weight_D, inverse_N = ctx.saved_tensors
+    grad = torch.zeros_like(hidden) if grad is None else grad
+    return grad, grad_total if ctx.has_residual else None, hidden, weight_D, inverse_N, ctx.needs_input_grad[2]
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        hidden, weight_D, inverse_N = ctx.saved_tensors
-        if grad is None:
-            return grad_total, grad_total, None, None
-        with_weight = ctx.needs_input_grad[2]
-        grad_total = grad_total if ctx.has_residual else None
-        grad_hidden, grad_weight_D = launch_backward(grad, grad_total, hidden, weight_D, inverse_N, with_weight)
-        return grad_hidden, grad_hidden if ctx.has_residual else None, grad_weight_D if with_weight else None, None
+
+def _gradients(ctx: Any, results: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    grad_hidden, grad_weight_D = results
+    grad_residual = grad_hidden if ctx.has_residual else None
+    return grad_hidden, grad_residual, grad_weight_D if ctx.needs_input_grad[2] else None, None
+
+
+_RMS_NORM = GraphOp(
+    "rms_norm",
+    schema="(Tensor hidden, Tensor? residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)",
+    forward=launch_forward,
+    fake=_fake_forward,
+    backward_schema="(Tensor grad, Tensor? grad_total, Tensor hidden, Tensor weight, Tensor inverse, bool with_weight)"
+    " -> (Tensor, Tensor)",
+    backward=launch_backward,
+    backward_fake=_fake_backward,
+    save=_save,
+    arguments=_arguments,
+    gradients=_gradients,
+)
+
+
+def _num_tokens(hidden: Tensor) -> int:
+    return math.prod(hidden.shape[:-1])
 
 
 def _programs(hidden_ND: Tensor, block_rows: int) -> int:

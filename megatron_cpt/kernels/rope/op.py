@@ -46,8 +46,8 @@ def rope(
         key_NGK: [N, G, K], dtype and device of the query; any strides.
         cos_NR: [N, K / 2], from `rotary_table`: positions, and with them documents, are its matter.
         sin_NR: likewise.
-        in_place: write the results over query and key and return them. Where gradients are asked for, neither may
-            be a view or a leaf (autograd refuses it), nor may an earlier step need its values.
+        in_place: write the results over query and key and return them. Where gradients are asked for, autograd
+            refuses it for a leaf, and with Triton for a view; an earlier step may not need their old values.
         implementation: "auto", or the name of one.
 
     Returns:

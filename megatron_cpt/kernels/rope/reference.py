@@ -11,23 +11,17 @@ from torch.autograd.function import once_differentiable
 
 def rope(query: Tensor, key: Tensor, cos_NR: Tensor, sin_NR: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     """Returns rotated query and key; see `op.rope`."""
-    rotated: tuple[Tensor, Tensor] = _Rope.apply(query, key, cos_NR, sin_NR, in_place)
-    return rotated
+    rotated: tuple[Tensor, Tensor] = _Rope.apply(query, key, cos_NR, sin_NR)
+    return (query.copy_(rotated[0]), key.copy_(rotated[1])) if in_place else rotated
 
 
 class _Rope(torch.autograd.Function):
     """Keeps the table alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, cos_NR: Tensor, sin_NR: Tensor, in_place: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_NR, sin_NR)
-        rotated = _rotate(query, cos_NR, sin_NR), _rotate(key, cos_NR, sin_NR)
-        if not in_place:
-            return rotated
-        ctx.mark_dirty(query, key)
-        return query.copy_(rotated[0]), key.copy_(rotated[1])
+        return _rotate(query, cos_NR, sin_NR), _rotate(key, cos_NR, sin_NR)
 
     @staticmethod
     @once_differentiable
@@ -37,7 +31,7 @@ class _Rope(torch.autograd.Function):
             _rotate(grad, cos_NR, -sin_NR) if wanted else None
             for grad, wanted in zip(grads, ctx.needs_input_grad[:2], strict=True)
         )
-        return grad_query, grad_key, None, None, None
+        return grad_query, grad_key, None, None
 
 
 def _rotate(heads: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Tensor:

@@ -13,13 +13,19 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_cpt.kernels.graph import GraphOp
 from megatron_cpt.kernels.rope import triton_kernels as kernels
 
 
 def rope(query: Tensor, key: Tensor, cos_NR: Tensor, sin_NR: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     """Returns rotated query and key; see `op.rope`."""
-    rotated: tuple[Tensor, Tensor] = _Rope.apply(query, key, cos_NR, sin_NR, in_place)
-    return rotated
+    rotated: tuple[Tensor, Tensor]
+    if in_place and not torch.compiler.is_compiling():
+        rotated = _RopeInPlace.apply(query, key, cos_NR, sin_NR)
+        return rotated
+    rotated = _ROPE(query, key, cos_NR, sin_NR, False)
+    # A compiler decides by itself what is done in place.
+    return (query.copy_(rotated[0]), key.copy_(rotated[1])) if in_place else rotated
 
 
 def launch_rotation(query: Tensor, key: Tensor, cos_NR: Tensor, sin_NR: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -75,16 +81,46 @@ def _grouped(heads: Tensor) -> Tensor:
     return heads if heads.dim() == 4 else heads.unsqueeze(1)
 
 
-class _Rope(torch.autograd.Function):
+def _fake(query: Tensor, key: Tensor, cos_NR: Tensor, sin_NR: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keeps the table alone."""
+    _, _, cos_NR, sin_NR, ctx.inverse = inputs
+    ctx.save_for_backward(cos_NR, sin_NR)
+
+
+def _arguments(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Any, ...]:
+    cos_NR, sin_NR = ctx.saved_tensors
+    return grad_query, grad_key, cos_NR, sin_NR, not ctx.inverse
+
+
+def _gradients(ctx: Any, results: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    return (*results, None, None, None)
+
+
+_SCHEMA = "(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)"
+_ROPE = GraphOp(
+    "rope",
+    schema=_SCHEMA,
+    forward=launch_rotation,
+    fake=_fake,
+    backward_schema=_SCHEMA,
+    backward=launch_rotation,
+    backward_fake=_fake,
+    save=_save,
+    arguments=_arguments,
+    gradients=_gradients,
+)
+
+
+class _RopeInPlace(torch.autograd.Function):
+    """Rotates its inputs where they lie; keeps the table alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, cos_NR: Tensor, sin_NR: Tensor, in_place: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_NR, sin_NR)
-        if not in_place:
-            return launch_rotation(query, key, cos_NR, sin_NR, False)
         ctx.mark_dirty(query, key)
         launch_in_place(query, key, cos_NR, sin_NR)
         return query, key
@@ -93,5 +129,4 @@ class _Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
         cos_NR, sin_NR = ctx.saved_tensors
-        grads = launch_rotation(grad_query, grad_key, cos_NR, sin_NR, True)
-        return (*grads, None, None, None)
+        return (*launch_rotation(grad_query, grad_key, cos_NR, sin_NR, True), None, None)

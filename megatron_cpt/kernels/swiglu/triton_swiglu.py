@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron_cpt.kernels.graph import GraphOp
 from megatron_cpt.kernels.strides import rows_of
 from megatron_cpt.kernels.swiglu import triton_kernels as kernels
 
 
 def swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     """Returns silu(gate) * up; without `up`, of the two halves of `gate`; see `op.swiglu`."""
-    result: Tensor = _Swiglu.apply(gate, up)
+    result: Tensor = _SWIGLU(gate, up)
     return result
 
 
@@ -54,23 +53,40 @@ def launch_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tens
     return grad_gate, grad_up
 
 
-class _Swiglu(torch.autograd.Function):
-    """Keeps the inputs."""
+def _fake_forward(gate: Tensor, up: Tensor | None) -> Tensor:
+    return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // (1 if up is not None else 2))
 
-    @staticmethod
-    def forward(gate: Tensor, up: Tensor | None) -> Tensor:
-        return launch_forward(gate, up)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+def _fake_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape if up is not None else (0,))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        gate, up = ctx.saved_tensors
-        grad_gate, grad_up = launch_backward(grad, gate, up)
-        return grad_gate, grad_up if up is not None else None
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _arguments(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    gate, up = ctx.saved_tensors
+    return grad, gate, up
+
+
+def _gradients(ctx: Any, results: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    grad_gate, grad_up = results
+    return grad_gate, grad_up if ctx.saved_tensors[1] is not None else None
+
+
+_SWIGLU = GraphOp(
+    "swiglu",
+    schema="(Tensor gate, Tensor? up) -> Tensor",
+    forward=launch_forward,
+    fake=_fake_forward,
+    backward_schema="(Tensor grad, Tensor gate, Tensor? up) -> (Tensor, Tensor)",
+    backward=launch_backward,
+    backward_fake=_fake_backward,
+    save=_save,
+    arguments=_arguments,
+    gradients=_gradients,
+)
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
