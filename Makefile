@@ -6,10 +6,10 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help setup demo test fuzz check clean
+.PHONY: help setup demo test fuzz check compile compile-old clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## make .venv with everything needed (does nothing the second time)
 
@@ -35,6 +35,18 @@ check: setup ## lint, format, types, floors and walls
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/architecture
+
+COMPILE := benchmarks/compile_kernels.py --arch 80 90 100 --processes 2
+
+compile: setup ## compile every kernel for three generations of GPUs and compare with the committed tables
+	$(BIN)/python $(COMPILE)
+
+compile-old: setup build/triton36 ## the same with the oldest supported Triton
+	PYTHONPATH=build/triton36 $(BIN)/python $(COMPILE)
+
+build/triton36:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
 
 clean: ## remove everything that the targets above made, except runs/
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis megatron_cpt/data/_native*.so

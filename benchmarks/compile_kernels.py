@@ -4,9 +4,9 @@ For each case: registers and stack of the machine code, shared memory, and the i
 What may not be (`failures`): stack bytes (registers spilled to memory), more shared memory than a program can
 have, a matrix kernel on sm_90 without asynchronous products (HGMMA), a streaming kernel without 128-bit loads.
 
-    python benchmarks/compile_kernels.py                        compare with results/compile_sm90.csv
-    python benchmarks/compile_kernels.py --write                replace the rows of this Triton version there
-    python benchmarks/compile_kernels.py --arch 80 90 100       other GPUs
+    python benchmarks/compile_kernels.py                    for sm_90; compare with results/compile_sm90.csv
+    python benchmarks/compile_kernels.py --arch 80 90 100   also for other GPUs, each with a table of its own
+    python benchmarks/compile_kernels.py --write            replace the rows of this Triton version in the tables
 
 The rows of another Triton version stay as they are. Two rows of one case and one version differ only where the
 kernel or its settings have changed.
@@ -28,10 +28,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).resolve().parent / "results" / "compile_sm90.csv"
+RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = ("case", "kind", "arch", "triton", "registers", "stack", "shared", "hgmma", "hmma", "load128", "async128")
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-KEY = ("case", "arch", "triton")
 
 
 def cases() -> Iterator[Any]:
@@ -104,22 +103,30 @@ def failures(row: dict[str, str]) -> list[str]:
     return [f"{row['case']} on {row['arch']}: {phrase}" for phrase in found]
 
 
-def read_table() -> list[dict[str, str]]:
-    """Returns the rows of the committed table, [] where there is none."""
-    if not TABLE.exists():
+def table_of(arch: str) -> Path:
+    """Returns the path of an architecture's committed table."""
+    return RESULTS / f"compile_{arch.replace('_', '')}.csv"
+
+
+def read_table(arch: str) -> list[dict[str, str]]:
+    """Returns the rows of an architecture's committed table, [] where there is none."""
+    path = table_of(arch)
+    if not path.exists():
         return []
-    with TABLE.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def write_table(rows: list[dict[str, str]], archs: list[int]) -> None:
+def write_tables(rows: list[dict[str, str]]) -> None:
     """Replaces the committed rows of these architectures and this Triton version."""
-    made = {(f"sm_{arch}", row["triton"]) for arch in archs for row in rows}
-    kept = [row for row in read_table() if (row["arch"], row["triton"]) not in made]
-    with TABLE.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted([*kept, *rows], key=lambda row: [row[name] for name in ("triton", "arch", "case")]))
+    for arch in sorted({row["arch"] for row in rows}):
+        made = [row for row in rows if row["arch"] == arch]
+        versions = {row["triton"] for row in made}
+        kept = [row for row in read_table(arch) if row["triton"] not in versions]
+        with table_of(arch).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sorted([*kept, *made], key=lambda row: (row["triton"], row["case"])))
 
 
 def differences(rows: list[dict[str, str]]) -> list[str]:
@@ -127,23 +134,23 @@ def differences(rows: list[dict[str, str]]) -> list[str]:
 
     A version that has no rows is not compared.
     """
-    made = {tuple(row[name] for name in KEY): row for row in rows}
-    platforms = {(row["arch"], row["triton"]) for row in rows}
-    committed = {
-        tuple(row[name] for name in KEY): row for row in read_table() if (row["arch"], row["triton"]) in platforms
-    }
-    if not committed:
-        return []
-    found = [f"{key[0]} on {key[1]} is not in {TABLE.name}" for key in made.keys() - committed.keys()]
-    found += [f"{key[0]} on {key[1]} is in {TABLE.name} and is no case" for key in committed.keys() - made.keys()]
-    for key in made.keys() & committed.keys():
-        changed = [
-            f"{name} {committed[key][name]} -> {made[key][name]}"
-            for name in COLUMNS
-            if committed[key][name] != made[key][name]
-        ]
-        found += [f"{key[0]} on {key[1]}: {', '.join(changed)}"] if changed else []
-    return sorted(found)
+    found = []
+    for arch, version in sorted({(row["arch"], row["triton"]) for row in rows}):
+        made = {row["case"]: row for row in rows if row["arch"] == arch}
+        committed = {row["case"]: row for row in read_table(arch) if row["triton"] == version}
+        if not committed:
+            continue
+        name = table_of(arch).name
+        for case in sorted(made.keys() | committed.keys()):
+            if case not in committed:
+                found.append(f"{case} is not in {name}")
+            elif case not in made:
+                found.append(f"{case} is in {name} and is no case")
+            elif made[case] != committed[case]:
+                old, new = committed[case], made[case]
+                changed = [f"{key} {old[key]} -> {new[key]}" for key in COLUMNS if old[key] != new[key]]
+                found.append(f"{case} on {arch}: {', '.join(changed)}")
+    return found
 
 
 def _row_of(position: int, arch: int) -> dict[str, str]:
@@ -174,7 +181,7 @@ def main() -> int:
     writer.writerows(rows)
     wrong = [phrase for row in rows for phrase in failures(row)]
     if arguments.write:
-        write_table(rows, arguments.arch)
+        write_tables(rows)
     else:
         wrong += differences(rows)
     print(*wrong, sep="\n", file=sys.stderr)

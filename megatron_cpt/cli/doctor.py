@@ -20,6 +20,7 @@ REQUIRED = ("torch", "megatron-core", "numpy", "safetensors", "sentencepiece", "
 OPTIONAL = {
     "transformer-engine": "its fused Adam, instead of the plain torch one",
     "apex": "its fused Adam, where transformer-engine is not installed",
+    "triton": "kernels of the ops, on NVIDIA GPUs from compute capability 8.0",
     "ray": "data build and data clean on a cluster (--ray)",
     "kenlm": "perplexity as a rule of data clean",
     "fasttext-predict": "language identification as a rule of data clean",

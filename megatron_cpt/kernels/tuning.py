@@ -29,11 +29,13 @@ class Launch:
         num_warps: warps of a program, a power of two.
         num_stages: loads of a loop in flight; 1 where the kernel has no loop to pipeline.
         blocks: the kernel's constexpr sizes by their names.
+        programs: programs of each multiprocessor, for a kernel whose programs walk through the work.
     """
 
     num_warps: int
     num_stages: int = 1
     blocks: Mapping[str, int] = field(default_factory=dict)
+    programs: int = 1
 
     def options(self) -> dict[str, int]:
         """Returns what a launch takes beside the kernel's arguments."""
@@ -87,7 +89,7 @@ class Table:
             for key, launch in found.items()
         ]
         for name, key, launch in [*of_rule, *measured]:
-            identity = key, launch.num_warps, launch.num_stages, tuple(sorted(launch.blocks.items()))
+            identity = key, *launch.options().values(), *sorted(launch.blocks.items())
             if identity not in seen:
                 seen.add(identity)
                 yield name, key, launch

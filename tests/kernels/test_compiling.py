@@ -49,15 +49,14 @@ def test_what_may_not_be_is_named(change: dict[str, str], phrase: str) -> None:
 
 def test_a_table_that_differs_is_named(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = load_gate()
-    monkeypatch.setattr(gate, "TABLE", tmp_path / "table.csv")  # type: ignore[operator]
-    other_version = CLEAN | {"triton": "3.6.0", "registers": "70"}
-    gate.write_table([other_version], [90])
+    monkeypatch.setattr(gate, "RESULTS", tmp_path)
+    gate.write_tables([CLEAN | {"triton": "3.6.0", "registers": "70"}, CLEAN | {"arch": "sm_80"}])
     assert gate.differences([CLEAN]) == []
-    gate.write_table([CLEAN, CLEAN | {"case": "gone"}], [90])
-    assert len(gate.read_table()) == 3
-    found = gate.differences([CLEAN | {"registers": "65"}, CLEAN | {"case": "new"}])
-    assert found == [
+    gate.write_tables([CLEAN, CLEAN | {"case": "an old kernel"}])
+    assert [row["triton"] for row in gate.read_table("sm_90")] == ["3.6.0", "3.9.0", "3.9.0"]
+    assert len(gate.read_table("sm_80")) == 1
+    assert gate.differences([CLEAN | {"registers": "65"}, CLEAN | {"case": "new"}]) == [
         "a kernel on sm_90: registers 64 -> 65",
-        "gone on sm_90 is in table.csv and is no case",
-        "new on sm_90 is not in table.csv",
+        "an old kernel is in compile_sm90.csv and is no case",
+        "new is not in compile_sm90.csv",
     ]

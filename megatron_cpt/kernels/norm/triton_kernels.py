@@ -23,22 +23,27 @@ _HELD_SIZE = 16384  # largest D whose row the forward pass holds in registers
 
 
 def _forward_rule(hidden_size: int) -> Launch:
-    """Short rows share a program, so that each has about 4096 elements: 16 bytes a thread, four times, in bf16."""
+    """Short rows share a program, so that a thread has 32 elements: 16 bytes four times, in bf16."""
     block = min(triton.next_power_of_2(hidden_size), _HELD_SIZE)
     rows = max(2048 // block, 1)
     return Launch(num_warps=min(max(block * rows // 1024, 1), 16), blocks={"BLOCK_N": rows, "BLOCK_D": block})
 
 
 def _backward_rule(hidden_size: int) -> Launch:
+    """Few programs, as each leaves a partial sum: the next rows are on their way while one adds up the last.
+
+    Above 4096 elements the registers are enough for one program a multiprocessor.
+    """
     block = min(triton.next_power_of_2(hidden_size), FUSED_SIZE)
-    rows = max(1024 // block, 1)
-    return Launch(num_warps=min(max(block * rows // 512, 1), 16), blocks={"BLOCK_N": rows, "BLOCK_D": block})
+    rows = max(4096 // block, 1)
+    blocks = {"BLOCK_N": rows, "BLOCK_D": block}
+    return Launch(num_warps=max(block * rows // 512, 8), num_stages=2, blocks=blocks, programs=1 if block > 4096 else 2)
 
 
 FORWARD = Table(_forward_rule)
 BACKWARD = Table(_backward_rule)
 WIDE_BACKWARD = Table(lambda _: Launch(num_warps=8, blocks={"BLOCK_D": 4096}))
-WIDE_WEIGHT = Table(lambda _: Launch(num_warps=4, num_stages=3, blocks={"BLOCK_N": 4, "BLOCK_D": 512}))
+WIDE_WEIGHT = Table(lambda _: Launch(num_warps=4, num_stages=3, blocks={"BLOCK_N": 4, "BLOCK_D": 512}, programs=8))
 
 
 @triton.jit
@@ -119,6 +124,7 @@ def rms_norm_backward(
     hidden_stride,
     HAS_GRAD_SUM: tl.constexpr,
     WITH_WEIGHT: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -128,7 +134,7 @@ def rms_norm_backward(
     weight = tl.load(weight_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
     partial = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     step = tl.num_programs(0) * BLOCK_N
-    for first in range(tl.program_id(0) * BLOCK_N, num_tokens, step):
+    for first in tl.range(tl.program_id(0) * BLOCK_N, num_tokens, step, num_stages=NUM_STAGES):
         rows = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask = (rows < num_tokens)[:, None] & in_columns
         grad = tl.load(grad_ptr + (rows * grad_stride)[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
@@ -242,7 +248,12 @@ def compile_cases() -> Iterator[CompileCase]:
     backward |= {"grad_stride": size, "grad_sum_stride": size}
     for name, hidden_size, launch in BACKWARD.entries((512, 4096, 5120, 8192)):
         for has_sum in (False, True):
-            constexprs = {"HAS_GRAD_SUM": has_sum, "WITH_WEIGHT": True, **launch.blocks}
+            constexprs = {
+                "HAS_GRAD_SUM": has_sum,
+                "WITH_WEIGHT": True,
+                "NUM_STAGES": launch.num_stages,
+                **launch.blocks,
+            }
             title = f"rms_norm_backward {name} D={hidden_size}{' residual' * has_sum}"
             yield CompileCase(title, rms_norm_backward, backward, constexprs, launch.options(), "stream")
     for name, _, launch in WIDE_BACKWARD.entries((16384,)):

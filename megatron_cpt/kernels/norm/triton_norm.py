@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_cpt.kernels.graph import GraphOp
 from megatron_cpt.kernels.norm import triton_kernels as kernels
 from megatron_cpt.kernels.strides import rows_of
+from megatron_cpt.kernels.tuning import Launch
 from megatron_cpt.runtime.device import multiprocessor_count
 
-_PROGRAMS_PER_MULTIPROCESSOR = 2
 _INTERPRETED_PROGRAMS = 3  # enough that partial sums are really added
 
 
@@ -90,7 +90,7 @@ def _fused_backward(
     num_tokens, hidden_size = hidden_ND.shape
     other_ND = grad_ND if grad_total_ND is None else grad_total_ND
     launch = kernels.BACKWARD.choose(hidden_ND.device.type, hidden_size)
-    programs = _programs(hidden_ND, launch.blocks["BLOCK_N"])
+    programs = _programs(hidden_ND, launch)
     partial_PD = hidden_ND.new_empty(programs if with_weight else 0, hidden_size, dtype=torch.float32)
     kernels.rms_norm_backward[(programs,)](
         grad_ND,
@@ -107,6 +107,7 @@ def _fused_backward(
         hidden_ND.stride(0),
         HAS_GRAD_SUM=grad_total_ND is not None,
         WITH_WEIGHT=with_weight,
+        NUM_STAGES=launch.num_stages,
         **launch.keywords(),
     )
     return partial_PD if with_weight else None
@@ -142,7 +143,7 @@ def _wide_backward(
         return None
     launch = kernels.WIDE_WEIGHT.choose(hidden_ND.device.type, hidden_size)
     columns = triton.cdiv(hidden_size, launch.blocks["BLOCK_D"])
-    programs = triton.cdiv(_programs(hidden_ND, launch.blocks["BLOCK_N"]), columns)
+    programs = triton.cdiv(_programs(hidden_ND, launch), columns)
     partial_PD = hidden_ND.new_empty(programs, hidden_size, dtype=torch.float32)
     kernels.rms_norm_wide_weight[(programs, columns)](
         grad_ND,
@@ -212,7 +213,7 @@ def _num_tokens(hidden: Tensor) -> int:
     return math.prod(hidden.shape[:-1])
 
 
-def _programs(hidden_ND: Tensor, block_rows: int) -> int:
+def _programs(hidden_ND: Tensor, launch: Launch) -> int:
     multiprocessors = multiprocessor_count(hidden_ND.device.type)
-    most = _INTERPRETED_PROGRAMS if multiprocessors is None else _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-    return min(triton.cdiv(hidden_ND.shape[0], block_rows), most)
+    most = _INTERPRETED_PROGRAMS if multiprocessors is None else launch.programs * multiprocessors
+    return min(triton.cdiv(hidden_ND.shape[0], launch.blocks["BLOCK_N"]), most)
