@@ -1,7 +1,7 @@
-"""Output projection and cross-entropy in one op."""
+"""Output projection and cross-entropy over a sharded vocabulary, as one op."""
 
 from __future__ import annotations
 
-from megatron_cpt.kernels.cross_entropy.op import linear_cross_entropy
+from megatron_cpt.kernels.cross_entropy.op import LinearCrossEntropy, linear_cross_entropy
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["LinearCrossEntropy", "linear_cross_entropy"]

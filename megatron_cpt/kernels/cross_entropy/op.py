@@ -1,9 +1,12 @@
 """Output projection + cross-entropy over a sharded vocabulary: the public face of the op.
 
-Shape letters: N tokens, D hidden size, L rows of the output matrix on this rank, V true vocabulary size.
+How it is computed stands at the head of `paths`. Shape letters: N tokens, R of them on this rank (N without sequence
+parallelism), D hidden size, V true vocabulary size, L rows of the output matrix on this rank, K statistics of a token.
 """
 
 from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,10 +14,62 @@ from torch import Tensor
 
 from megatron_cpt.kernels import dispatch
 from megatron_cpt.kernels.cross_entropy import reference
+from megatron_cpt.kernels.cross_entropy.arguments import check_arguments
+from megatron_cpt.kernels.cross_entropy.plan import Call
 
 OP = "linear_cross_entropy"
+BUDGET_BYTES = 1 << 30
 
-dispatch.register(OP, "torch", reference.linear_cross_entropy, dispatch.anywhere)
+Reduction = Literal["none", "mean", "sum"]
+
+
+class LinearCrossEntropy(NamedTuple):
+    """What the op returns. The loss alone is differentiable.
+
+    Attributes:
+        loss: [N], or a scalar with a reduction; fp32 (float64 for float64 inputs).
+        nats_N: [N], plain cross-entropy in nats, without label smoothing, z-loss and token weights; 0 where ignored.
+        log_sum_exp_N: [N], log of the sum of exp(logit) over the vocabulary; 0 where ignored.
+        correct_N: [N] bool, whether no logit is greater than the label's; False where ignored.
+    """
+
+    loss: Tensor
+    nats_N: Tensor
+    log_sum_exp_N: Tensor
+    correct_N: Tensor
+
+
+def _fused(rows: str) -> Any:
+    """The implementation whose row functions are those of `rows`."""
+
+    def run(
+        hidden_RD: Tensor,
+        weight_LD: Tensor,
+        labels_N: Tensor,
+        token_weights_N: Tensor | None,
+        main_grad_LD: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, ...]:
+        from megatron_cpt.kernels.cross_entropy import library
+
+        call = call._replace(rows=rows)
+        results: tuple[Tensor, ...] = library.forward(
+            hidden_RD, weight_LD, labels_N, token_weights_N, main_grad_LD, call.encode()
+        )
+        return results[:4]
+
+    return run
+
+
+def _reference(
+    hidden_RD: Tensor, weight_LD: Tensor, labels_N: Tensor, token_weights_N: Tensor | None, _: None, call: Call
+) -> tuple[Tensor, ...]:
+    return reference.linear_cross_entropy(hidden_RD, weight_LD, labels_N, token_weights_N, call)
+
+
+dispatch.register(OP, "triton", _fused("triton"), dispatch.triton_obstacle)
+dispatch.register(OP, "torch", _fused("torch"), dispatch.anywhere)
+dispatch.register(OP, "reference", _reference, reference.supports)
 
 
 def linear_cross_entropy(
@@ -25,71 +80,124 @@ def linear_cross_entropy(
     vocab_start: int = 0,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     ignore_index: int = -100,
-    budget_bytes: int = 1 << 30,
+    num_scored: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weights_N: Tensor | None = None,
+    reduction: Reduction = "none",
+    logits_dtype: torch.dtype | None = None,
+    trainable_rows: int = 0,
+    main_grad: Tensor | None = None,
+    budget_bytes: int = BUDGET_BYTES,
     implementation: str = "auto",
-) -> Tensor:
-    """Returns each token's cross-entropy in nats, without ever holding all logits.
+) -> LinearCrossEntropy:
+    """Computes the cross-entropy of each token, without ever holding all logits.
 
-    loss[n] = log(sum over v < V of exp(z[n, v])) - z[n, label[n]], with z = hidden @ weight.T over the true
-    vocabulary: rows of the padded table from `vocab_size` on are not read and get a zero gradient. The logits
-    are made in chunks of tokens, and made again in backward. Differentiable in `hidden_ND` and `weight_LD`; the
-    gradient of one that does not require it is not computed.
+    With z = hidden @ weight.T over the true vocabulary (rows of the padded table from `vocab_size` on are not read
+    and get a zero gradient), soft-capped to c * tanh(z / c) where c is given, lse = log(sum of exp(z)),
+    e = `label_smoothing` and w the token's weight:
 
-    With a group, its ranks hold consecutive slices of the padded table, of any sizes (a slice may lie wholly
-    in the padding), and all of them the same tokens. Two all-reduces of N and 2 N numbers join the slices.
-    The gradient of `hidden_ND` is this rank's partial sum; the caller adds the ranks' parts.
+        nats = lse - z[label]
+        loss = w * ((1 - e) * nats + e * (lse - mean of z over the vocabulary) + z_loss * lse ** 2)
 
-    Precision: bf16 and fp16 products are accumulated by the matrix product in fp32 and rounded once to the
-    dtype of the inputs; exponentials, sums and the loss are fp32; the gradient of the logits is rounded to the
-    inputs' dtype before the two products that use it; the weight's gradient is summed over the chunks in fp32.
-    With float64 inputs everything is float64.
+    Differentiable in `hidden_ND` and `weight_LD`; nothing is computed for one that does not require a gradient.
+    A second backward through a retained graph gives the same gradients at the price of one more product; gradients
+    of gradients are not defined and raise.
+
+    With a group, its ranks hold consecutive slices of the padded table, of any sizes (a slice may lie wholly in the
+    padding), and all of them the same labels. One all-gather of three numbers a token (four with label smoothing)
+    joins the slices. Without `sequence_parallel` the gradient of `hidden_ND` is this rank's partial sum; the caller
+    adds the ranks' parts. With it each rank gives and receives its own tokens: they are gathered here, and their
+    gradients are added and scattered here while the weight's is computed.
+
+    Precision: products accumulate in fp32 and are rounded to `logits_dtype`; exponentials, sums and the loss are
+    fp32; the gradient of the logits is rounded to the inputs' dtype before the two products that use it; over
+    several chunks the weight's gradient is summed in fp32. With float64 inputs everything is float64. The same
+    inputs give the same bits.
 
     Args:
-        hidden_ND: [N, D], floating.
+        hidden_ND: [N, D], floating; [N / ranks, D], this rank's tokens in the order of the ranks, with
+            `sequence_parallel`.
         weight_LD: [L, D], dtype and device of `hidden_ND`: rows `vocab_start` to `vocab_start + L` of the padded
             table.
-        labels_N: [N], integer, each in [0, vocab_size) or `ignore_index`. Checking them would wait for the
-            device, so any other label gives NaN: in the loss, and in the gradients.
+        labels_N: [N], integer, each in [0, vocab_size) or `ignore_index`. Checking them would wait for the device,
+            so any other label gives NaN: in the loss, and in the gradients.
         vocab_start: row of the padded table with which `weight_LD` begins.
         vocab_size: V, the true size without padding.
         group: ranks that share the table; None or a group of one for a whole table.
+        sequence_parallel: whether the ranks of the group share the tokens too.
         ignore_index: label of tokens whose loss and gradient are zero.
-        budget_bytes: the most that a chunk of fp32 logits may take; a chunk has at least one token. With 16-bit
-            inputs a chunk's 16-bit product, half as large, lives beside it for a moment.
+        num_scored: number of labels that are not `ignore_index`, where the caller knows it: tokens that are ignored
+            are then dropped before the products. On the CPU they are counted here. On another device counting
+            would wait for it, so without this number all tokens are computed. A wrong number gives NaN.
+        label_smoothing: e, in [0, 1): the share of the target that is spread evenly over the V true rows.
+        z_loss: factor of the squared log-sum-exp, >= 0.
+        softcap: c, > 0; None for none.
+        token_weights_N: [N], floating, not differentiated; None for ones.
+        reduction: "none"; "sum" over the N tokens; "mean", the sum divided by the sum of the weights of the tokens
+            that are not ignored (their number without weights), of this call's N tokens alone: nothing is reduced
+            over other ranks. 0 where that divisor is 0.
+        logits_dtype: in which logits are stored between their product and the exponentials: fp32, bf16 or fp16, at
+            least as wide as the inputs' dtype; None for that dtype itself. fp32 and fp16 (up to 65504, NaN beyond)
+            keep more of the bits of a bf16 product; fp32 takes twice the memory. See docs/kernels.md.
+        trainable_rows: row of the padded table from which on rows train; those before it get a zero gradient, for
+            which nothing is computed.
+        main_grad: [L, D], fp32: the weight's gradient is added here, in backward, instead of to `weight.grad`. A
+            weight with the attribute `grad_added_to_main_grad` has it set to True, as megatron-core's own layers do.
+        budget_bytes: the most that a buffer of logits may take; at least one token's logits are held, on other
+            devices than the CPU those of 1024. Without a reduction, or with a group, logits that fit it as a whole
+            are kept from forward to backward, and else made twice.
         implementation: "auto", or the name of one.
 
     Returns:
-        [N], fp32 (float64 for float64 inputs), nats, 0 where ignored; the same bits on every rank of the group.
+        See `LinearCrossEntropy`. The same bits on every rank of the group.
 
     Raises:
         ValueError: shapes, dtypes or sizes do not belong together.
         KernelUnsupported: the named implementation cannot run here.
 
-    Source: vocabulary-parallel loss: Shoeybi et al., "Megatron-LM" (2019), section 3.
-    Deviates: padded rows are outside the softmax, and logits are recomputed rather than kept.
+    Source: vocabulary-parallel loss: Shoeybi et al., "Megatron-LM" (2019), section 3; label smoothing: Szegedy et
+        al., "Rethinking the Inception Architecture" (2016), section 7; z-loss: Chowdhery et al., "PaLM" (2022),
+        section 5; soft-cap: Gemma Team, "Gemma 2" (2024), section 2.
+    Deviates: padded rows are outside the softmax and the smoothing, and smoothing is over the whole vocabulary
+        however it is sharded.
     """
-    shapes = tuple(hidden_ND.shape), tuple(weight_LD.shape), tuple(labels_N.shape)
-    if hidden_ND.dim() != 2 or weight_LD.dim() != 2 or shapes[0][1] != shapes[1][1] or shapes[2] != shapes[0][:1]:
-        raise ValueError(f"{OP}: got hidden, weight, labels {shapes}; expected [N, D], [L, D] and [N]")
-    if hidden_ND.dtype != weight_LD.dtype or not hidden_ND.is_floating_point():
-        raise ValueError(f"{OP}: got hidden {hidden_ND.dtype}, weight {weight_LD.dtype}; expected one floating dtype")
-    if labels_N.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{OP}: got labels {labels_N.dtype}; expected torch.int64 or torch.int32")
-    if vocab_start < 0 or vocab_size < 1 or budget_bytes < 1:
-        raise ValueError(
-            f"{OP}: got vocab_start {vocab_start}, vocab_size {vocab_size}, budget_bytes {budget_bytes}; "
-            "expected >= 0, >= 1, >= 1"
-        )
     if group is not None and dist.get_world_size(group) == 1:
-        group = None
-    if group is None and not vocab_start == 0 < vocab_size <= shapes[1][0]:
-        raise ValueError(
-            f"{OP}: got rows {vocab_start} to {vocab_start + shapes[1][0]} of a vocabulary of {vocab_size} and no "
-            "group; expected the whole table, or the group of ranks that hold the rest"
-        )
-    function = dispatch.choose(OP, implementation, device=hidden_ND.device.type, dtype=hidden_ND.dtype)
-    result: Tensor = function(
-        hidden_ND, weight_LD, labels_N, vocab_start, vocab_size, group, ignore_index, budget_bytes
+        group, sequence_parallel = None, False
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if num_scored is None and labels_N.device.type == "cpu" and not torch.compiler.is_compiling():
+        num_scored = int((labels_N != ignore_index).sum())
+    trains = torch.is_grad_enabled()
+    call = Call(
+        rows="",
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+        group="" if group is None else group.group_name,
+        group_size=ranks,
+        sequence_parallel=sequence_parallel,
+        ignore_index=ignore_index,
+        num_scored=-1 if num_scored is None else num_scored,
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        softcap=0.0 if softcap is None else float(softcap),
+        reduction=reduction,
+        logits_dtype=str(logits_dtype or hidden_ND.dtype).removeprefix("torch."),
+        trainable_rows=trainable_rows,
+        budget_bytes=budget_bytes,
+        train_hidden=trains and hidden_ND.requires_grad,
+        train_weight=trains and weight_LD.requires_grad,
     )
-    return result
+    check_arguments(OP, hidden_ND, weight_LD, labels_N, token_weights_N, main_grad, softcap, call)
+    function = dispatch.choose(
+        OP,
+        implementation,
+        device=hidden_ND.device.type,
+        dtype=hidden_ND.dtype,
+        sharded=group is not None,
+        has_main_grad=main_grad is not None,
+    )
+    results = function(hidden_ND, weight_LD, labels_N, token_weights_N, main_grad, call)
+    return LinearCrossEntropy(*results)

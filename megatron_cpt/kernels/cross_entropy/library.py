@@ -1,0 +1,171 @@
+"""The op as two operators of torch, so that autograd and torch.compile see one node each way.
+
+What the forward operator keeps for backward is handed over once: backward turns the logits into their gradient where
+they lie. A second backward through the same graph finds nothing kept and makes the logits again, with the same
+result. Gradients of gradients are not defined, and asking for them raises.
+
+Shape letters: as in `paths`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.kernels.cross_entropy import paths
+from megatron_cpt.kernels.cross_entropy.chunks import first_trained, plan_of, wide_dtype
+from megatron_cpt.kernels.cross_entropy.plan import decode
+
+_NAME = "megatron_cpt::linear_cross_entropy"
+_Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Positions in what the forward operator returns.
+_LSE, _SCORED, _TOKENS, _DENOMINATOR = 2, 4, 5, 6
+
+
+@torch.library.custom_op(_NAME, mutates_args=())
+def forward(
+    hidden_RD: Tensor,
+    weight_LD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    main_grad_LD: Tensor | None,
+    call: str,
+) -> _Ten:
+    """Returns what `paths.forward` does; `main_grad_LD` is for backward alone."""
+    return tuple(paths.forward(hidden_RD, weight_LD, labels_N, weights_N, decode(call)))  # type: ignore[return-value]
+
+
+@forward.register_fake
+def _(
+    hidden_RD: Tensor,
+    weight_LD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    main_grad_LD: Tensor | None,
+    call: str,
+) -> _Ten:
+    settings = decode(call)
+    num_tokens = len(labels_N)
+    plan = plan_of(settings, num_tokens, weight_LD)
+    wide = wide_dtype(hidden_RD)
+    hidden_size = hidden_RD.shape[1]
+    loss_N, nats_N, lse_N = (hidden_RD.new_empty(num_tokens, dtype=wide) for _ in range(3))
+    drops = plan.num_rows != num_tokens
+    in_forward = plan.path == "forward"
+    keeps_tokens = plan.path != "statistics" and (drops or settings.sequence_parallel)
+    keeps_buffer = plan.path == "kept" or (in_forward and settings.train_weight)
+    buffer = (min(plan.chunk, plan.num_rows), plan.stride) if keeps_buffer else (0,)
+    has_total = in_forward and settings.train_weight and len(plan.parts()) > 1
+    total = (plan.num_columns - first_trained(settings, plan), hidden_size) if has_total else (0,)
+    return (
+        loss_N if settings.reduction == "none" else loss_N.new_empty(()),
+        nats_N,
+        lse_N,
+        hidden_RD.new_empty(num_tokens, dtype=torch.bool),
+        hidden_RD.new_empty(plan.num_rows if drops else 0, dtype=torch.int64),
+        hidden_RD.new_empty((plan.num_rows, hidden_size) if keeps_tokens else (0,)),
+        loss_N.new_empty(()),
+        hidden_RD.new_empty(buffer, dtype=settings.dtype),
+        hidden_RD.new_empty((plan.num_rows, hidden_size) if in_forward and settings.train_hidden else (0,)),
+        loss_N.new_empty(total),
+    )
+
+
+@torch.library.custom_op(f"{_NAME}_backward", mutates_args=("main_grad_LD", "buffer_TM", "total_MD"))
+def backward(
+    grad_loss: Tensor,
+    hidden_RD: Tensor,
+    weight_LD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    main_grad_LD: Tensor | None,
+    lse_N: Tensor,
+    scored_S: Tensor,
+    tokens_SD: Tensor,
+    denominator: Tensor,
+    buffer_TM: Tensor,
+    grad_SD: Tensor,
+    total_MD: Tensor,
+    call: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns what `paths.backward` does."""
+    kept = paths.Results(
+        grad_loss, lse_N, lse_N, scored_S, scored_S, tokens_SD, denominator, buffer_TM, grad_SD, total_MD
+    )
+    return paths.backward(grad_loss, hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, kept, decode(call))
+
+
+@backward.register_fake
+def _(
+    grad_loss: Tensor,
+    hidden_RD: Tensor,
+    weight_LD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    main_grad_LD: Tensor | None,
+    lse_N: Tensor,
+    scored_S: Tensor,
+    tokens_SD: Tensor,
+    denominator: Tensor,
+    buffer_TM: Tensor,
+    grad_SD: Tensor,
+    total_MD: Tensor,
+    call: str,
+) -> tuple[Tensor, Tensor]:
+    settings = decode(call)
+    returns_weight = settings.train_weight and main_grad_LD is None
+    return (
+        hidden_RD.new_empty(hidden_RD.shape if settings.train_hidden else (0,)),
+        weight_LD.new_empty(weight_LD.shape if returns_weight else (0,)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Ten) -> None:
+    hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, call = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(
+        hidden_RD,
+        weight_LD,
+        labels_N,
+        weights_N,
+        *(output[position] for position in (_LSE, _SCORED, _TOKENS, _DENOMINATOR)),
+    )
+    # Changed in place between forward and backward, and by backward, which is meant to be so.
+    ctx.main_grad_LD = main_grad_LD
+    ctx.once = output[_DENOMINATOR + 1 :]
+    ctx.call = call
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 6
+    hidden_RD, weight_LD, labels_N, weights_N, *kept = ctx.saved_tensors
+    once, ctx.once = ctx.once, None
+    if once is None:
+        once = (hidden_RD.new_empty(0, dtype=decode(ctx.call).dtype), hidden_RD.new_empty(0), kept[0].new_empty(0))
+    grad_RD, grad_LD = backward(
+        grad_loss, hidden_RD, weight_LD, labels_N, weights_N, ctx.main_grad_LD, *kept, *once, ctx.call
+    )
+    call = decode(ctx.call)
+    if call.train_weight and ctx.main_grad_LD is not None:
+        return grad_RD if call.train_hidden else None, _stand_in(weight_LD), None, None, None, None
+    return grad_RD if call.train_hidden else None, grad_LD if call.train_weight else None, None, None, None, None
+
+
+def _stand_in(weight_LD: Tensor) -> Tensor | None:
+    """Tells megatron-core that `main_grad` has the gradient, and returns what it wants in its place.
+
+    Its hooks fire for a weight by the gradient that autograd brings, and skip that gradient's values where
+    `grad_added_to_main_grad` is set. A weight with `zero_out_wgrad` has a second use (a tied embedding) whose
+    gradient is added to this one.
+    """
+    if not hasattr(weight_LD, "grad_added_to_main_grad"):
+        return None
+    weight_LD.grad_added_to_main_grad = True
+    return torch.zeros_like(weight_LD) if getattr(weight_LD, "zero_out_wgrad", False) else torch.empty_like(weight_LD)
+
+
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup)

@@ -1,0 +1,126 @@
+"""What one call of the op is asked for, and which way it is computed: arithmetic on sizes, no tensors.
+
+Shape letters: N tokens, S of them scored, L rows of the output matrix on this rank, M <= L of them inside the true
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+
+Path = Literal["statistics", "kept", "forward", "recompute"]
+
+# A product of fewer rows, or of a number that no tile divides, leaves an accelerator's matrix units idle.
+ACCELERATOR_ROWS = 256
+ACCELERATOR_LEAST_ROWS = 1024
+# The Triton kernels load whole vectors up to the end of a row that is padded to this many logits.
+TRITON_STRIDE = 64
+
+
+class Call(NamedTuple):
+    """The arguments of a call that are no tensors.
+
+    An operator's schema knows no records, so they travel through it as one text (`encode`, `decode`).
+    """
+
+    rows: str  # whose row functions work: "torch" or "triton"
+    vocab_start: int
+    vocab_size: int
+    group: str  # name of the process group; empty: none
+    group_size: int
+    sequence_parallel: bool
+    ignore_index: int
+    num_scored: int  # labels that are not ignored; -1: not known, and every row is computed
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+    reduction: str
+    logits_dtype: str
+    trainable_rows: int  # of the padded table; the rows before it get no gradient
+    budget_bytes: int
+    train_hidden: bool
+    train_weight: bool
+
+    def encode(self) -> str:
+        """Returns the arguments as text."""
+        return repr(tuple(self))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the logits are stored."""
+        dtype: torch.dtype = getattr(torch, self.logits_dtype)
+        return dtype
+
+    @property
+    def num_statistics(self) -> int:
+        """Numbers a token that describe a shard's logits: greatest, sum of exponentials, label's, and sum."""
+        return 4 if self.label_smoothing else 3
+
+
+@lru_cache(maxsize=64)
+def decode(text: str) -> Call:
+    """Returns what `Call.encode` made a text of."""
+    return Call(*ast.literal_eval(text))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is computed.
+
+    Attributes:
+        path: see `paths`.
+        num_rows: S, tokens that go through the products.
+        num_columns: M.
+        stride: logits from one row of a buffer to the next, >= M.
+        chunk: rows of a buffer.
+    """
+
+    path: Path
+    num_rows: int
+    num_columns: int
+    stride: int
+    chunk: int
+
+    def parts(self) -> list[slice]:
+        """Returns the rows of each chunk; none where there is nothing to multiply."""
+        if not self.num_columns:
+            return []
+        starts = range(0, self.num_rows, self.chunk)
+        return [slice(start, min(start + self.chunk, self.num_rows)) for start in starts]
+
+
+def make_plan(call: Call, num_tokens: int, num_local_rows: int, *, on_cpu: bool) -> Plan:
+    """Plans a call.
+
+    Args:
+        call: the arguments.
+        num_tokens: N.
+        num_local_rows: L.
+        on_cpu: whether any number of rows is as good as another.
+    """
+    num_rows = num_tokens if call.num_scored < 0 else call.num_scored
+    num_columns = min(max(call.vocab_size - call.vocab_start, 0), num_local_rows)
+    multiple = TRITON_STRIDE if call.rows == "triton" else 1
+    stride = -(-num_columns // multiple) * multiple
+    row_bytes = max(stride * call.dtype.itemsize, 1)
+    path: Path
+    if not (call.train_hidden or call.train_weight):
+        path = "statistics"
+    elif num_rows * row_bytes <= call.budget_bytes:
+        path = "kept"
+    elif call.reduction != "none" and call.group_size == 1:
+        path = "forward"
+    else:
+        path = "recompute"
+    if path == "kept":
+        return Plan(path, num_rows, num_columns, stride, max(num_rows, 1))
+    granularity, least = (1, 1) if on_cpu else (ACCELERATOR_ROWS, ACCELERATOR_LEAST_ROWS)
+    most = max(call.budget_bytes // row_bytes // granularity * granularity, least)
+    num_chunks = max(-(-num_rows // most), 1)
+    even = -(-num_rows // num_chunks)  # chunks of like sizes: none is a remainder of a few rows
+    return Plan(path, num_rows, num_columns, stride, max(-(-even // granularity) * granularity, 1))
