@@ -20,8 +20,13 @@ def check_arguments(
     main_grad_LD: Tensor | None,
     softcap: float | None,
     call: Call,
+    *,
+    is_shard: bool = False,
 ) -> None:
-    """Raises ValueError where the arguments do not belong together."""
+    """Raises ValueError where the arguments do not belong together.
+
+    `is_shard` says that the table may be a part of the vocabulary although the call has no group.
+    """
     _check_tensors(op, hidden_RD, weight_LD, labels_N, call)
     if token_weights_N is not None and (
         token_weights_N.shape != labels_N.shape or not token_weights_N.is_floating_point()
@@ -35,7 +40,7 @@ def check_arguments(
             f"{op}: got main_grad {tuple(main_grad_LD.shape)} in {main_grad_LD.dtype}; "
             f"expected {tuple(weight_LD.shape)} in torch.float32"
         )
-    if call.group_size == 1 and not call.vocab_start == 0 < call.vocab_size <= weight_LD.shape[0]:
+    if call.group_size == 1 and not is_shard and not call.vocab_start == 0 < call.vocab_size <= weight_LD.shape[0]:
         raise ValueError(
             f"{op}: got rows {call.vocab_start} to {call.vocab_start + weight_LD.shape[0]} of a vocabulary of "
             f"{call.vocab_size} and no group; expected the whole table, or the group of ranks that hold the rest"

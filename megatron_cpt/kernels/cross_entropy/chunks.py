@@ -15,6 +15,10 @@ from megatron_cpt.kernels.cross_entropy import torch_rows
 from megatron_cpt.kernels.cross_entropy.plan import Call, Plan, make_plan
 from megatron_cpt.kernels.cross_entropy.products import add_product, write_logits, write_product
 
+# oneDNN's bf16 product on a CPU with AMX reads a row to the next multiple of 32 elements and multiplies what lies
+# behind its end by zero: there must be numbers.
+_TAIL = 64
+
 
 class Rows(NamedTuple):
     """What is known of the rows that go through the products."""
@@ -111,11 +115,16 @@ class Logits:
             z_loss=call.z_loss,
             softcap=call.softcap,
         )
+        if self.buffer_TM.device.type == "cpu":
+            self._elements()[: len(columns_T), self.plan.num_columns :][:, :_TAIL].zero_()
         return out_TM
 
     def narrowed(self, num_rows: int) -> Tensor:
         """The buffer as gradients [T, M]: each row begins where the row of its logits begins."""
-        return self.buffer_TM.view(self.weight_MD.dtype)[:num_rows, : self.plan.num_columns]
+        return self._elements()[:num_rows, : self.plan.num_columns]
+
+    def _elements(self) -> Tensor:
+        return self.buffer_TM.view(self.weight_MD.dtype)
 
     def _logits(self, num_rows: int) -> Tensor:
         return self.buffer_TM[:num_rows, : self.plan.num_columns]

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 def gather_statistics(statistics_KN: Tensor, group: str, group_size: int) -> Tensor:
     """Returns the statistics over the vocabulary of all ranks [K, N], the same bits on each: one all-gather."""
     gathered_GKN = statistics_KN.new_empty(group_size, *statistics_KN.shape)
-    dist.all_gather_into_tensor(gathered_GKN, statistics_KN.contiguous(), group=_resolve_process_group(group))
+    dist.all_gather_into_tensor(gathered_GKN, statistics_KN.contiguous(), group=_ranks(group))
     return join_statistics(gathered_GKN)
 
 
@@ -39,7 +39,7 @@ def join_statistics(statistics_GKN: Tensor) -> Tensor:
 def gather_tokens(hidden_RD: Tensor, group: str, group_size: int) -> Tensor:
     """Returns the tokens of all ranks [N, D], in the order of the ranks."""
     hidden_ND = hidden_RD.new_empty(group_size * hidden_RD.shape[0], hidden_RD.shape[1])
-    dist.all_gather_into_tensor(hidden_ND, hidden_RD.contiguous(), group=_resolve_process_group(group))
+    dist.all_gather_into_tensor(hidden_ND, hidden_RD.contiguous(), group=_ranks(group))
     return hidden_ND
 
 
@@ -50,5 +50,10 @@ def scatter_tokens(grad_ND: Tensor, group: str, group_size: int) -> tuple[Tensor
         The part, which is not there before the second value's `wait`.
     """
     grad_RD = grad_ND.new_empty(grad_ND.shape[0] // group_size, grad_ND.shape[1])
-    work = dist.reduce_scatter_tensor(grad_RD, grad_ND, group=_resolve_process_group(group), async_op=True)
+    work = dist.reduce_scatter_tensor(grad_RD, grad_ND, group=_ranks(group), async_op=True)
     return grad_RD, work
+
+
+def _ranks(group: str) -> dist.ProcessGroup:
+    """The group of a name; by names groups travel through operators."""
+    return _resolve_process_group(group)  # type: ignore[arg-type]

@@ -6,14 +6,15 @@ parallelism), D hidden size, V true vocabulary size, L rows of the output matrix
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cpt.kernels import dispatch
-from megatron_cpt.kernels.cross_entropy import reference
+from megatron_cpt.kernels.cross_entropy import library, reference
 from megatron_cpt.kernels.cross_entropy.arguments import check_arguments
 from megatron_cpt.kernels.cross_entropy.plan import Call
 
@@ -39,10 +40,14 @@ class LinearCrossEntropy(NamedTuple):
     correct_N: Tensor
 
 
-def _fused(rows: str) -> Any:
+@dataclass(frozen=True)
+class Fused:
     """The implementation whose row functions are those of `rows`."""
 
-    def run(
+    rows: str
+
+    def __call__(
+        self,
         hidden_RD: Tensor,
         weight_LD: Tensor,
         labels_N: Tensor,
@@ -50,15 +55,9 @@ def _fused(rows: str) -> Any:
         main_grad_LD: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, ...]:
-        from megatron_cpt.kernels.cross_entropy import library
-
-        call = call._replace(rows=rows)
-        results: tuple[Tensor, ...] = library.forward(
-            hidden_RD, weight_LD, labels_N, token_weights_N, main_grad_LD, call.encode()
-        )
-        return results[:4]
-
-    return run
+        """Runs the operator; the arguments are checked."""
+        text = call._replace(rows=self.rows).encode()
+        return library.forward(hidden_RD, weight_LD, labels_N, token_weights_N, main_grad_LD, text)[:4]
 
 
 def _reference(
@@ -67,8 +66,8 @@ def _reference(
     return reference.linear_cross_entropy(hidden_RD, weight_LD, labels_N, token_weights_N, call)
 
 
-dispatch.register(OP, "triton", _fused("triton"), dispatch.triton_obstacle)
-dispatch.register(OP, "torch", _fused("torch"), dispatch.anywhere)
+dispatch.register(OP, "triton", Fused("triton"), dispatch.triton_obstacle)
+dispatch.register(OP, "torch", Fused("torch"), dispatch.anywhere)
 dispatch.register(OP, "reference", _reference, reference.supports)
 
 

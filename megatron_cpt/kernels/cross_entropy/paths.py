@@ -183,7 +183,7 @@ def backward(
     has_buffer = kept.buffer_TM.dim() == 2
     logits = Logits(call, plan, weight_LD, kept.buffer_TM if has_buffer else None)
     if plan.path == "forward" and (has_buffer or kept.grad_SD.dim() == 2):
-        grad_SD = kept.grad_SD * scale if call.train_hidden else kept.grad_SD
+        grad_SD = kept.grad_SD * scale if call.train_hidden else hidden_RD.new_empty(0)
         if call.train_weight and plan.parts():
             last = plan.parts()[-1]
             grad_TM = logits.narrowed(last.stop - last.start)[:, weight.first :]

@@ -50,5 +50,6 @@ def linear_cross_entropy(
         total = weights_N.sum()
         loss = loss / torch.where(total == 0, 1.0, total)
     correct_N = scored_N & valid_N & (target_N >= logits_NV.amax(-1))
-    reported = (torch.where(scored_N, x_N, 0.0).detach() for x_N in (nats_N, torch.where(valid_N, lse_N, torch.nan)))
-    return (loss, *reported, correct_N)
+    lse_N = torch.where(valid_N, lse_N, torch.nan)
+    nats_N, lse_N = torch.where(scored_N, nats_N, 0.0).detach(), torch.where(scored_N, lse_N, 0.0).detach()
+    return loss, nats_N, lse_N, correct_N

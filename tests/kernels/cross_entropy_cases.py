@@ -1,0 +1,72 @@
+"""Inputs of linear + cross-entropy, and how an implementation is held to the definition in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.kernels.cross_entropy import linear_cross_entropy
+from tests.kernels.guarded import assert_within_reference_error, guarded
+
+IGNORED = -100
+WHOLE = 1 << 30
+EVERYTHING: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 4.0, "trainable_rows": 5}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 0.05},
+    "softcap": {"softcap": 2.5},
+    "trainable_rows": {"trainable_rows": 100},
+    "everything": EVERYTHING,
+}
+NAMES = ("loss", "nats", "log-sum-exp", "hidden", "weight")
+
+
+class Case:
+    """N tokens and a table of V rows padded to a multiple of 8, whose padding is NaN.
+
+    The first and the last row are labels, some tokens are ignored.
+    """
+
+    def __init__(self, num_tokens: int, vocab_size: int, dtype: torch.dtype, *, hidden_size: int = 24) -> None:
+        self.num_tokens, self.vocab_size = num_tokens, vocab_size
+        self.padded = -(-vocab_size // 8) * 8
+        self.hidden = torch.randn(num_tokens, hidden_size, dtype=torch.float64).to(dtype)
+        self.weight = torch.randn(self.padded, hidden_size, dtype=torch.float64).to(dtype)
+        self.weight[vocab_size:] = torch.nan
+        self.labels = torch.randint(0, vocab_size, (num_tokens,))
+        self.labels[:2], self.labels[2:4], self.labels[4:7] = 0, vocab_size - 1, IGNORED
+        self.token_weights = torch.rand(num_tokens) + 0.5
+        self.grad = torch.randn(num_tokens)
+
+    def run(self, dtype: torch.dtype | None = None, **options: Any) -> list[Tensor]:
+        """Returns loss, nats, log-sum-exp and both gradients, on guarded copies of the inputs."""
+        dtype = dtype or self.hidden.dtype
+        weight = self.weight if options.get("implementation") != "reference" else self.weight.nan_to_num()
+        guards = [guarded(x.to(dtype)) for x in (self.hidden, weight)]
+        hidden, weight = (guard.value.requires_grad_() for guard in guards)
+        grad = self.grad if options.get("reduction", "none") == "none" else torch.tensor(0.7)
+        result = linear_cross_entropy(hidden, weight, self.labels, vocab_size=self.vocab_size, **options)
+        grads = torch.autograd.grad(result.loss, (hidden, weight), grad.to(result.loss.dtype))
+        for guard, what in zip(guards, ("hidden", "weight"), strict=True):
+            guard.check(what)
+        return [result.loss.detach(), result.nats_N, result.log_sum_exp_N, *grads]
+
+    def check(self, implementation: str, budget_rows: int | None = None, **options: Any) -> list[Tensor]:
+        """Asserts the 2x rule, zeros where they belong, and the same bits of a second run."""
+        budget = WHOLE if budget_rows is None else budget_rows * 64 * (self.padded // 64 + 1) * 4
+        ours = {**options, "implementation": implementation, "budget_bytes": budget}
+        got, again = self.run(**ours), self.run(**ours)
+        assert [torch.equal(one, other) for one, other in zip(got, again, strict=True)] == [True] * 5
+        plain_options = {**options, "implementation": "reference"}
+        plain_options.pop("logits_dtype", None)
+        plain, exact = self.run(**plain_options), self.run(torch.float64, **plain_options)
+        assert [x.dtype for x in got] == [x.dtype for x in plain]
+        ignored = self.labels == IGNORED
+        assert not got[1][ignored].any() and not got[2][ignored].any() and not got[3][ignored].any()
+        assert not got[4][self.vocab_size :].any() and not got[4][: options.get("trainable_rows", 0)].any()
+        for what, *values in zip(NAMES, got, plain, exact, strict=True):
+            assert_within_reference_error(*values, what)
+        return got
