@@ -129,6 +129,11 @@ def _learn_problems(path: str, learn: LearnConfig | TrainConfig, shape: LlamaSha
             f"{prefix}optimizer.warmup_steps: got {optimizer.warmup_steps}, expected at most "
             f"{prefix}train_steps = {learn.train_steps}; lower it"
         )
+    if learn.kernels.cross_entropy_logits == "fp16" and learn.precision == "fp32":
+        yield (
+            f"{prefix}kernels.cross_entropy_logits: got fp16 with {prefix}precision fp32, expected no narrower logits "
+            "than the weights; use model"
+        )
     if shape is not None and learn.batch.seq_length > shape.max_position_embeddings:
         yield (
             f"{prefix}batch.seq_length: got {learn.batch.seq_length}, expected at most the shape's "

@@ -161,6 +161,15 @@ class KernelConfig(Section):
     rope: Implementation = "auto"
     swiglu: Implementation = "auto"
     cross_entropy_budget_mib: Positive = 1024  # largest block of logits held at once
+    # In which logits are stored before the loss is made of them: as the weights, or nearer to the product's bits.
+    cross_entropy_logits: Literal["model", "fp32", "fp16"] = "model"
+
+
+class LossConfig(Section):
+    """What is added to the cross-entropy while training; what is logged and scored is the cross-entropy alone."""
+
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the target spread over the vocabulary
+    z_loss: NonNegativeFloat = 0.0  # factor of the squared log-sum-exp of the logits
 
 
 class CheckpointConfig(Section):
@@ -184,6 +193,7 @@ class TrainConfig(Section):
     batch: BatchConfig = BatchConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
     data: TrainDataConfig
     kernels: KernelConfig = KernelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -201,6 +211,7 @@ class LearnConfig(Section):
     batch: BatchConfig = BatchConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
     kernels: KernelConfig = KernelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval_interval_steps: Positive | None = None

@@ -29,12 +29,15 @@ class PackedDocuments:
         position_ids_N: int64 on the device, counted from the start of each document.
         max_seqlen: longest document, tokens.
         logit_positions: where logits are wanted when there are no labels; None: everywhere.
+        num_scored: number of labels that are scored; None where it is not known, and then the head computes ignored
+            tokens too.
     """
 
     cu_seqlens: Tensor
     position_ids_N: Tensor
     max_seqlen: int
     logit_positions: Tensor | None = None
+    num_scored: int | None = None
     qkv_format: str = "packed"
 
 

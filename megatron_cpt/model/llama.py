@@ -20,13 +20,15 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from megatron_cpt.config.schema import KernelConfig, LlamaShape, ParallelConfig
+from megatron_cpt.config.schema import KernelConfig, LlamaShape, LossConfig, ParallelConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.kernels import dispatch, linear_cross_entropy, rotary_table
+from megatron_cpt.kernels import LinearCrossEntropy, dispatch, linear_cross_entropy, rotary_table
 from megatron_cpt.model.layers import PackedAttention, PackedDocuments, RMSNorm, RotatedSelfAttention, SwiGLU
 from megatron_cpt.planning.layout import Layout
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.mesh import Mesh
+
+LOGITS_DTYPES = {"model": None, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass
@@ -39,6 +41,9 @@ class LlamaEngineConfig(TransformerConfig):
     swiglu_implementation: str = "auto"
     cross_entropy_implementation: str = "auto"
     cross_entropy_budget_bytes: int = 1 << 30
+    cross_entropy_logits_dtype: torch.dtype | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     vocab_size: int = 0
     parameter_device: Any = None
 
@@ -48,8 +53,8 @@ class LlamaModel(GPTModel):
 
     Differences from the base class: rotary positions restart with each document; the loss is
     `kernels.linear_cross_entropy` over the true vocabulary, so that the full logits never exist and
-    padded rows take no part in the softmax. The last stage returns loss_N in nats with labels, and
-    without them, for proofs, fp32 logits over the true vocabulary at the wanted positions.
+    padded rows take no part in the softmax. The last stage returns, with labels, the op's results with the
+    summed loss, and without them, for proofs, fp32 logits over the true vocabulary at the wanted positions.
     """
 
     config: LlamaEngineConfig
@@ -65,38 +70,51 @@ class LlamaModel(GPTModel):
 
     def _postprocess(
         self, hidden_states: Tensor, labels: Tensor | None, packed_seq_params: PackedDocuments, **_: Any
-    ) -> Tensor:
+    ) -> Tensor | LinearCrossEntropy:
         if not self.post_process:
             return hidden_states
-        group = self.pg_collection.tp
         tied = self.share_embeddings_and_output_weights
         weight_LD = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        if self.config.sequence_parallel:
-            hidden_N1D = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True, group=group
-            )
-        else:
-            hidden_N1D = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=group)
         if labels is None:
-            positions = packed_seq_params.logit_positions
-            hidden_ND = hidden_N1D.squeeze(1) if positions is None else hidden_N1D.squeeze(1)[positions]
-            logits_NL = hidden_ND @ weight_LD.t()
-            logits_NP = tensor_parallel.gather_from_tensor_model_parallel_region(logits_NL, group=group)
-            return logits_NP[:, : self.config.vocab_size].float()
+            return self._logits(hidden_states, weight_LD, packed_seq_params.logit_positions)
+        group, config = self.pg_collection.tp, self.config
+        if not config.sequence_parallel:
+            hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=group)
         return linear_cross_entropy(
-            hidden_N1D.squeeze(1),
+            hidden_states.squeeze(1),
             weight_LD,
             labels.reshape(-1),
             vocab_start=group.rank() * weight_LD.shape[0],
-            vocab_size=self.config.vocab_size,
-            group=group if group.size() > 1 else None,
-            budget_bytes=self.config.cross_entropy_budget_bytes,
-            implementation=self.config.cross_entropy_implementation,
+            vocab_size=config.vocab_size,
+            group=group,
+            sequence_parallel=config.sequence_parallel,
+            num_scored=packed_seq_params.num_scored,
+            label_smoothing=config.label_smoothing,
+            z_loss=config.z_loss,
+            reduction="sum",
+            logits_dtype=config.cross_entropy_logits_dtype,
+            budget_bytes=config.cross_entropy_budget_bytes,
+            implementation=config.cross_entropy_implementation,
         )
+
+    def _logits(self, hidden_states: Tensor, weight_LD: Tensor, positions: Tensor | None) -> Tensor:
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=group)
+        hidden_ND = hidden_states.squeeze(1) if positions is None else hidden_states.squeeze(1)[positions]
+        logits_NL = hidden_ND @ weight_LD.t()
+        logits_NP = tensor_parallel.gather_from_tensor_model_parallel_region(logits_NL, group=group)
+        return logits_NP[:, : self.config.vocab_size].float()
 
 
 def engine_config(
-    shape: LlamaShape, vocab_size: int, layout: Layout, parallel: ParallelConfig, kernels: KernelConfig, precision: str
+    shape: LlamaShape,
+    vocab_size: int,
+    layout: Layout,
+    parallel: ParallelConfig,
+    kernels: KernelConfig,
+    precision: str,
+    loss: LossConfig,
 ) -> LlamaEngineConfig:
     """Translate shape and layout into megatron-core's configuration.
 
@@ -107,6 +125,7 @@ def engine_config(
         parallel: the section the layout was made from.
         kernels: which implementation each op uses.
         precision: "fp32" or "bf16" (with fp32 masters in the optimizer).
+        loss: what is added to the cross-entropy.
 
     Settings that are fixed here close a trap each: outputs are never freed early (a race with the
     overlapped send, fixed upstream only later), no fusion that needs apex or TE, the loss is summed
@@ -155,6 +174,9 @@ def engine_config(
         swiglu_implementation=kernels.swiglu,
         cross_entropy_implementation=kernels.cross_entropy,
         cross_entropy_budget_bytes=kernels.cross_entropy_budget_mib << 20,
+        cross_entropy_logits_dtype=LOGITS_DTYPES[kernels.cross_entropy_logits],
+        label_smoothing=loss.label_smoothing,
+        z_loss=loss.z_loss,
         vocab_size=vocab_size,
         parameter_device=current_device().torch_device(),
     )

@@ -33,8 +33,7 @@ def plan_job(
     """
     layout = check_layout(shape, vocab_size, vocab_divisor, job.parallel, job.batch, world_size)
     count = count_parameters(shape, vocab_size)
-    budget = job.kernels.cross_entropy_budget_mib << 20
-    memory = estimate_memory(shape, layout, job.parallel, job.batch, job.precision, budget)
+    memory = estimate_memory(shape, layout, job.parallel, job.batch, job.precision, job.kernels)
     return {
         "layout": {
             "name": layout.name,

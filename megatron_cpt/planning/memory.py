@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_cpt.config.schema import BatchConfig, LlamaShape, ParallelConfig
+from megatron_cpt.config.schema import BatchConfig, KernelConfig, LlamaShape, ParallelConfig
 from megatron_cpt.planning.layout import Layout
 from megatron_cpt.planning.parameters import rank_parameters
 
 Precision = Literal["fp32", "bf16"]
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+LOGIT_BYTES = {"fp32": 4, "fp16": 2}
 GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32 at either precision
 # Two moments, and under bf16 the fp32 copy that the optimizer updates; sharded over data parallelism.
 OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
@@ -46,7 +47,7 @@ def estimate_memory(
     parallel: ParallelConfig,
     batch: BatchConfig,
     precision: Precision,
-    cross_entropy_budget_bytes: int,
+    kernels: KernelConfig,
 ) -> list[RankMemory]:
     """Estimate the memory of one rank of each pipeline stage.
 
@@ -56,7 +57,7 @@ def estimate_memory(
         parallel: the layout's settings (sequence parallelism, recomputation).
         batch: sequence length and micro-batch size.
         precision: of weights and activations.
-        cross_entropy_budget_bytes: largest block of fp32 logits that the loss holds at once.
+        kernels: in which precision the loss holds logits, and how many bytes of them at once.
 
     Returns:
         One entry for each pipeline rank, first stage first.
@@ -65,7 +66,7 @@ def estimate_memory(
         shape, layout.padded_vocab_size, layout.layers_per_stage, layout.pipeline_size, layout.tensor_size
     )
     tokens = batch.seq_length * batch.micro_batch_size
-    logits = min(tokens * layout.padded_vocab_size // layout.tensor_size * 4, cross_entropy_budget_bytes)
+    logits = _logits_bytes(layout, kernels, precision, tokens, shape.hidden_size)
     return [
         RankMemory(
             pipeline_rank=rank,
@@ -78,6 +79,17 @@ def estimate_memory(
         )
         for rank, count in enumerate(counts)
     ]
+
+
+def _logits_bytes(layout: Layout, kernels: KernelConfig, precision: Precision, tokens: int, hidden_size: int) -> int:
+    """The logits held at once; where a whole table's come in chunks, with the sum of the head's gradient over them."""
+    of_weights = kernels.cross_entropy_logits == "model"
+    element = WEIGHT_BYTES[precision] if of_weights else LOGIT_BYTES[kernels.cross_entropy_logits]
+    logits = tokens * layout.padded_vocab_size // layout.tensor_size * element
+    budget = kernels.cross_entropy_budget_mib << 20
+    if logits <= budget:
+        return logits
+    return budget + (GRADIENT_BYTES * layout.padded_vocab_size * hidden_size if layout.tensor_size == 1 else 0)
 
 
 def _activation_elements(shape: LlamaShape, layout: Layout, parallel: ParallelConfig, tokens: int, rank: int) -> int:

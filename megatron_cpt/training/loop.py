@@ -65,7 +65,7 @@ class Trainer:
         self.is_main = mesh.world.rank == 0
         layout, self.vocab_size = inputs.layout, inputs.tokenizer.vocab_size
         self.engine = engine_config(
-            inputs.shape, self.vocab_size, layout, config.parallel, config.kernels, config.precision
+            inputs.shape, self.vocab_size, layout, config.parallel, config.kernels, config.precision, config.loss
         )
         self.kernel_choices = kernel_choices(self.engine)
         chunks = build_model(self.engine, inputs.shape, layout.padded_vocab_size, mesh)

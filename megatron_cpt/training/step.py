@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_cpt.data import IGNORED, Batch
+from megatron_cpt.kernels import LinearCrossEntropy
 from megatron_cpt.model.layers import PackedDocuments
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.mesh import Mesh
@@ -27,7 +28,8 @@ class StepSums:
     """Summed losses of one step over the whole global batch, the same on every rank.
 
     Attributes:
-        nats: (groups,) summed loss of the scored tokens of each group, in nats.
+        nats: (groups,) summed cross-entropy of the scored tokens of each group, in nats; without what
+            `LossConfig` adds to it.
         tokens: (groups,) number of scored tokens of each group.
     """
 
@@ -70,6 +72,7 @@ def to_device(batch: Batch, ignored_label: int | None = None) -> MicroBatch:
             cu_seqlens=torch.from_numpy(batch.cu_seqlens),
             position_ids_N=torch.from_numpy(batch.position_ids_N).to(device, non_blocking=True),
             max_seqlen=batch.max_seqlen,
+            num_scored=int((labels != IGNORED).sum()),
         ),
     )
 
@@ -131,11 +134,11 @@ def logits_at(model: Sequence[Any], mesh: Mesh, tokens_N: Tensor, positions_P: T
 
 
 def _forward_step(num_groups: int) -> Callable[..., Any]:
-    def loss_function(groups_N: Tensor, labels_N: Tensor, loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scored_N = labels_N != IGNORED
-        sums = torch.zeros(2, num_groups, dtype=torch.float64, device=loss_N.device)
-        sums.index_add_(1, groups_N, torch.stack([loss_N.detach(), scored_N]).double())
-        return loss_N.sum(), scored_N.sum().int(), sums
+    def loss_function(batch: MicroBatch, result: LinearCrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
+        scored_N = batch.labels_1N[0] != IGNORED
+        sums = torch.zeros(2, num_groups, dtype=torch.float64, device=result.nats_N.device)
+        sums.index_add_(1, batch.groups_N, torch.stack([result.nats_N, scored_N]).double())
+        return result.loss, scored_N.sum().int(), sums
 
     def forward_step(micro_batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(micro_batches)
@@ -146,7 +149,7 @@ def _forward_step(num_groups: int) -> Callable[..., Any]:
             labels=batch.labels_1N,
             packed_seq_params=batch.documents,
         )
-        return output, lambda loss_N: loss_function(batch.groups_N, batch.labels_1N[0], loss_N)
+        return output, lambda result: loss_function(batch, result)
 
     return forward_step
 

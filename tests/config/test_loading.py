@@ -239,6 +239,10 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
             "train.optimizer.warmup_steps: got 9999, expected at most train.train_steps",
         ),
         (
+            ["train.precision=fp32", "train.kernels.cross_entropy_logits=fp16"],
+            "train.kernels.cross_entropy_logits: got fp16 with train.precision fp32",
+        ),
+        (
             ["surgery.head={method: normal, copy_kept: false}"],
             "surgery: got calibration, which is of new pieces alone, and also copy_kept: false",
         ),

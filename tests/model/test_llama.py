@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.config.schema import BatchConfig, KernelConfig, LlamaShape, ParallelConfig, RopeScaling
+from megatron_cpt.config.schema import BatchConfig, KernelConfig, LlamaShape, LossConfig, ParallelConfig, RopeScaling
 from megatron_cpt.errors import ConfigError, KernelUnsupported
 from megatron_cpt.planning.layout import check_layout
 from megatron_cpt.runtime.device import current_device
@@ -24,6 +24,7 @@ SHAPE = LlamaShape(
     max_position_embeddings=64,
 )
 VOCAB_SIZE, PADDED = 250, 256
+KERNELS, LOSS = KernelConfig(), LossConfig()
 # The engine's own words about its own defaults.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -36,7 +37,9 @@ pytestmark = [
 ]
 
 
-def settings(parallel: dict[str, Any], precision: str = "fp32", kernels: KernelConfig = KernelConfig()) -> Any:  # noqa: B008
+def settings(
+    parallel: dict[str, Any], precision: str = "fp32", kernels: KernelConfig = KERNELS, loss: LossConfig = LOSS
+) -> Any:
     """The engine's configuration for a layout."""
     install_engine(current_device().type)
     from megatron_cpt.model.llama import engine_config
@@ -45,7 +48,7 @@ def settings(parallel: dict[str, Any], precision: str = "fp32", kernels: KernelC
     world_size = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     batch = BatchConfig(seq_length=32, micro_batch_size=1, global_batch_size=8)
     checked = check_layout(SHAPE, VOCAB_SIZE, 128, layout, batch, world_size)
-    return engine_config(SHAPE, VOCAB_SIZE, checked, layout, kernels, precision)
+    return engine_config(SHAPE, VOCAB_SIZE, checked, layout, kernels, precision, loss)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +87,10 @@ def mesh() -> Iterator[Mesh]:
             yield mesh
 
 
-def build(mesh: Mesh, shape: LlamaShape = SHAPE, kernels: KernelConfig = KernelConfig()) -> Any:  # noqa: B008
+def build(mesh: Mesh, shape: LlamaShape = SHAPE, kernels: KernelConfig = KERNELS, loss: LossConfig = LOSS) -> Any:
     from megatron_cpt.model.llama import build_model
 
-    (model,) = build_model(settings({}, kernels=kernels), shape, PADDED, mesh)
+    (model,) = build_model(settings({}, kernels=kernels, loss=loss), shape, PADDED, mesh)
     return model
 
 
@@ -160,10 +163,11 @@ def test_chosen_implementations_reach_the_ops(mesh: Mesh, monkeypatch: pytest.Mo
         kernels = KernelConfig.model_construct(**{**KernelConfig().model_dump(), name: "nowhere"})
         with pytest.raises(KernelUnsupported, match="nowhere"):
             build(mesh, kernels=kernels)(**arguments, labels=tokens)
-    assert build(mesh)(**arguments, labels=tokens).shape == (8,)
+    assert build(mesh)(**arguments, labels=tokens).nats_N.shape == (8,)
     assert build(mesh)(**arguments).shape == (8, VOCAB_SIZE)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 def test_interpreted_kernels_give_the_numbers_of_torch(mesh: Mesh) -> None:
     import torch
 
@@ -174,13 +178,46 @@ def test_interpreted_kernels_give_the_numbers_of_torch(mesh: Mesh) -> None:
     documents = PackedDocuments(torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([*range(3), *range(5)]), 5)
     results = []
     for implementation in ("torch", "triton"):
-        kernels = KernelConfig(norm=implementation, rope=implementation, swiglu=implementation)
+        names = ("norm", "rope", "swiglu", "cross_entropy")
+        kernels = KernelConfig.model_validate(dict.fromkeys(names, implementation))
         torch.manual_seed(1)
         model = build(mesh, kernels=kernels)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-        loss = model(tokens, tokens, None, labels=tokens, packed_seq_params=documents)
-        loss.square().sum().backward()
-        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+        result = model(tokens, tokens, None, labels=tokens, packed_seq_params=documents)
+        (result.loss**2).backward()
+        results.append([result.nats_N, *(parameter.grad for parameter in model.parameters())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())
+
+
+def test_what_is_added_to_the_loss_is_trained_and_not_logged(mesh: Mesh) -> None:
+    import torch
+
+    from megatron_cpt.model.layers import PackedDocuments
+
+    tokens, labels = torch.arange(8)[None], torch.tensor([[3, 5, -100, 9, 9, -100, 249, 0]])
+    documents = PackedDocuments(torch.tensor([0, 8], dtype=torch.int32), torch.arange(8), 8, num_scored=6)
+    results, grads = [], []
+    for loss in (LossConfig(), LossConfig(label_smoothing=0.1, z_loss=0.01)):
+        torch.manual_seed(1)
+        model = build(mesh, loss=loss)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        result = model(tokens, tokens, None, labels=labels, packed_seq_params=documents)
+        result.loss.backward()
+        results.append(result)
+        grads.append(model.output_layer.weight.grad)
+    plain, other = results
+    assert torch.equal(plain.nats_N, other.nats_N) and torch.equal(plain.loss, plain.nats_N.sum())
+    logits = build_logits(model, tokens, documents)
+    scored = labels[0] != -100
+    log_probabilities = logits.log_softmax(-1)[scored]
+    expected = 0.9 * plain.nats_N.sum() - 0.1 * log_probabilities.mean(-1).sum()
+    torch.testing.assert_close(other.loss, expected + 0.01 * logits.logsumexp(-1)[scored].square().sum())
+    assert not torch.allclose(*grads)
+
+
+def build_logits(model: Any, tokens: Any, documents: Any) -> Any:
+    """Logits at all positions, without labels."""
+    return model(tokens, tokens, None, packed_seq_params=documents).detach()

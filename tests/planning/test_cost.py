@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_cpt.config.padding import padded_vocab_size
-from megatron_cpt.config.schema import BatchConfig, LlamaShape, ParallelConfig
+from megatron_cpt.config.schema import BatchConfig, KernelConfig, LlamaShape, ParallelConfig
 from megatron_cpt.planning import (
     check_layout,
     count_parameters,
@@ -138,6 +138,9 @@ def test_layer_activations_match_what_autograd_keeps() -> None:
     assert layer_elements_per_token(shape, 2, False) > layer_elements_per_token(shape, 2, True)
 
 
+DEFAULTS = KernelConfig()
+
+
 def gib(value: int) -> float:
     return value / 2**30
 
@@ -146,23 +149,23 @@ def test_memory_of_a_70b_as_worked_out_by_hand() -> None:
     batch = BatchConfig(seq_length=4096, micro_batch_size=1, global_batch_size=1024)
     parallel = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4, sequence_parallel=True)
     layout = check_layout(LLAMA2_70B, 43176, 128, parallel, batch, 32)
-    first, *_, last = estimate_memory(LLAMA2_70B, layout, parallel, batch, "bf16", 1 << 30)
+    first, *_, last = estimate_memory(LLAMA2_70B, layout, parallel, batch, "bf16", KernelConfig())
     assert gib(first.weights_bytes + first.gradients_bytes + first.optimizer_bytes) == pytest.approx(36.6, abs=0.1)
     # 20 layers x 4 micro-batches x 4096 tokens x 33.5 D / TP bytes
     assert first.activations_bytes == 80 * 4096 * 33.5 * 8192 / 8
     assert (first.activations_bytes, first.logits_bytes) == (4 * last.activations_bytes, 0)
-    assert last.logits_bytes == 4096 * 43264 // 8 * 4
+    assert last.logits_bytes == 4096 * 43264 // 8 * 2
 
 
 def test_memory_follows_interleaving_recomputation_and_sharding() -> None:
     batch = BatchConfig(seq_length=4096, micro_batch_size=1, global_batch_size=1024)
 
-    def first_stage(world_size: int, budget: int = 1 << 30, **settings: object) -> dict[str, int]:
+    def first_stage(world_size: int, kernels: KernelConfig = DEFAULTS, **settings: object) -> dict[str, int]:
         parallel = ParallelConfig.model_validate(
             {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 4, "sequence_parallel": True, **settings}
         )
         layout = check_layout(LLAMA2_70B, 43176, 128, parallel, batch, world_size)
-        stages = estimate_memory(LLAMA2_70B, layout, parallel, batch, "bf16", budget)
+        stages = estimate_memory(LLAMA2_70B, layout, parallel, batch, "bf16", kernels)
         return {
             "activations": stages[0].activations_bytes,
             "optimizer": stages[0].optimizer_bytes,
@@ -174,4 +177,10 @@ def test_memory_follows_interleaving_recomputation_and_sharding() -> None:
     assert interleaved["activations"] / plain["activations"] == pytest.approx(1 + 3 / 80, rel=0.01)
     assert first_stage(16, recompute="full")["activations"] < plain["activations"] / 10
     assert first_stage(64)["optimizer"] * 4 == pytest.approx(plain["optimizer"], rel=1e-6)
-    assert first_stage(16, budget=1 << 20)["logits"] == 1 << 20
+    assert first_stage(16, KernelConfig(cross_entropy_logits="fp32"))["logits"] == 2 * plain["logits"]
+    small = KernelConfig(cross_entropy_budget_mib=1)
+    assert first_stage(16, small)["logits"] == 1 << 20
+    # On one tensor-parallel rank the head's gradient is summed over the chunks in fp32.
+    assert first_stage(4, small, tensor_model_parallel_size=1, sequence_parallel=False)["logits"] == (
+        (1 << 20) + 4 * 43264 * 8192
+    )

@@ -14,9 +14,10 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 def gather_statistics(statistics_KN: Tensor, group: str, group_size: int) -> Tensor:
     """Returns the statistics over the vocabulary of all ranks [K, N], the same bits on each: one all-gather."""
-    gathered_GKN = statistics_KN.new_empty(group_size, *statistics_KN.shape)
-    dist.all_gather_into_tensor(gathered_GKN, statistics_KN.contiguous(), group=_ranks(group))
-    return join_statistics(gathered_GKN)
+    num_statistics, num_tokens = statistics_KN.shape
+    gathered = statistics_KN.new_empty(group_size * num_statistics, num_tokens)
+    dist.all_gather_into_tensor(gathered, statistics_KN.contiguous(), group=_ranks(group))
+    return join_statistics(gathered.view(group_size, num_statistics, num_tokens))
 
 
 def join_statistics(statistics_GKN: Tensor) -> Tensor:

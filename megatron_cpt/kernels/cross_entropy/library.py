@@ -1,4 +1,7 @@
-"""The op as two operators of torch, so that autograd and torch.compile see one node each way.
+"""The op as autograd and torch.compile see it: one node each way.
+
+An eager call goes to an `autograd.Function`, a call that is being compiled to an operator of torch's dispatcher,
+which the compiler does not look into. Both run the same functions.
 
 What the forward operator keeps for backward is handed over once: backward turns the logits into their gradient where
 they lie. A second backward through the same graph finds nothing kept and makes the logits again, with the same
@@ -13,18 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_cpt.kernels.cross_entropy import paths
 from megatron_cpt.kernels.cross_entropy.chunks import first_trained, plan_of, wide_dtype
 from megatron_cpt.kernels.cross_entropy.plan import decode
 
 _NAME = "megatron_cpt::linear_cross_entropy"
-_Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Positions in what the forward operator returns.
 _LSE, _SCORED, _TOKENS, _DENOMINATOR = 2, 4, 5, 6
 
 
-@torch.library.custom_op(_NAME, mutates_args=())
 def forward(
     hidden_RD: Tensor,
     weight_LD: Tensor,
@@ -32,12 +35,15 @@ def forward(
     weights_N: Tensor | None,
     main_grad_LD: Tensor | None,
     call: str,
-) -> _Ten:
+) -> Ten:
     """Returns what `paths.forward` does; `main_grad_LD` is for backward alone."""
     return tuple(paths.forward(hidden_RD, weight_LD, labels_N, weights_N, decode(call)))  # type: ignore[return-value]
 
 
-@forward.register_fake
+forward_op: Any = torch.library.custom_op(_NAME, forward, mutates_args=())
+
+
+@forward_op.register_fake
 def _(
     hidden_RD: Tensor,
     weight_LD: Tensor,
@@ -45,7 +51,7 @@ def _(
     weights_N: Tensor | None,
     main_grad_LD: Tensor | None,
     call: str,
-) -> _Ten:
+) -> Ten:
     settings = decode(call)
     num_tokens = len(labels_N)
     plan = plan_of(settings, num_tokens, weight_LD)
@@ -73,7 +79,6 @@ def _(
     )
 
 
-@torch.library.custom_op(f"{_NAME}_backward", mutates_args=("main_grad_LD", "buffer_TM", "total_MD"))
 def backward(
     grad_loss: Tensor,
     hidden_RD: Tensor,
@@ -97,7 +102,12 @@ def backward(
     return paths.backward(grad_loss, hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, kept, decode(call))
 
 
-@backward.register_fake
+backward_op: Any = torch.library.custom_op(
+    f"{_NAME}_backward", backward, mutates_args=("main_grad_LD", "buffer_TM", "total_MD")
+)
+
+
+@backward_op.register_fake
 def _(
     grad_loss: Tensor,
     hidden_RD: Tensor,
@@ -122,7 +132,7 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Ten) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Ten) -> None:
     hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, call = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -139,20 +149,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Ten) -> None:
     ctx.call = call
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_loss: Tensor | None, backward_function: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 6
     hidden_RD, weight_LD, labels_N, weights_N, *kept = ctx.saved_tensors
+    call = decode(ctx.call)
     once, ctx.once = ctx.once, None
     if once is None:
-        once = (hidden_RD.new_empty(0, dtype=decode(ctx.call).dtype), hidden_RD.new_empty(0), kept[0].new_empty(0))
-    grad_RD, grad_LD = backward(
+        once = hidden_RD.new_empty(0, dtype=call.dtype), hidden_RD.new_empty(0), kept[0].new_empty(0)
+    grad_RD, grad_LD = backward_function(
         grad_loss, hidden_RD, weight_LD, labels_N, weights_N, ctx.main_grad_LD, *kept, *once, ctx.call
     )
-    call = decode(ctx.call)
+    grad_weight = grad_LD if call.train_weight else None
     if call.train_weight and ctx.main_grad_LD is not None:
-        return grad_RD if call.train_hidden else None, _stand_in(weight_LD), None, None, None, None
-    return grad_RD if call.train_hidden else None, grad_LD if call.train_weight else None, None, None, None, None
+        grad_weight = _stand_in(weight_LD)
+    return grad_RD if call.train_hidden else None, grad_weight, None, None, None, None
 
 
 def _stand_in(weight_LD: Tensor) -> Tensor | None:
@@ -168,4 +179,37 @@ def _stand_in(weight_LD: Tensor) -> Tensor | None:
     return torch.zeros_like(weight_LD) if getattr(weight_LD, "zero_out_wgrad", False) else torch.empty_like(weight_LD)
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup)
+def _compiled_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad_loss, backward_op)
+
+
+forward_op.register_autograd(_compiled_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Ten:
+        return forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Ten) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad_loss, backward)
+
+
+def run(
+    hidden_RD: Tensor,
+    weight_LD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    main_grad_LD: Tensor | None,
+    call: str,
+) -> Ten:
+    """Returns what `paths.forward` does, of which the loss is differentiable."""
+    way = forward_op if torch.compiler.is_compiling() else _Eager.apply
+    result: Ten = way(hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, call)
+    return result

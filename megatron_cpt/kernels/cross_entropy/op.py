@@ -57,7 +57,7 @@ class Fused:
     ) -> tuple[Tensor, ...]:
         """Runs the operator; the arguments are checked."""
         text = call._replace(rows=self.rows).encode()
-        return library.forward(hidden_RD, weight_LD, labels_N, token_weights_N, main_grad_LD, text)[:4]
+        return library.run(hidden_RD, weight_LD, labels_N, token_weights_N, main_grad_LD, text)[:4]
 
 
 def _reference(
