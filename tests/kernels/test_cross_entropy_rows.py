@@ -55,7 +55,8 @@ def _gradient(module: Any, logits: Tensor, out: Tensor, columns: Tensor, softcap
 def test_every_size_of_a_shard(num_columns: int) -> None:
     from megatron_cpt.kernels.cross_entropy import triton_rows
 
-    logits, columns = torch.randn(6, num_columns) * 3, _columns(num_columns)
+    columns = _columns(num_columns)[: 6 if num_columns < 20000 else 2]
+    logits = torch.randn(len(columns), num_columns) * 3
     buffer = guarded(_padded(logits))
     rows = buffer.value[:, :num_columns]
     got = _statistics(triton_rows, rows, columns, 0.0)
