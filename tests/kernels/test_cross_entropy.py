@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_cpt.kernels.cross_entropy import library, linear_cross_entropy, torch_rows
+from megatron_cpt.kernels.cross_entropy.plan import decode
 
 # What lies in the padding of a row is computed too and dropped.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -279,6 +280,32 @@ def test_a_count_of_scored_tokens_that_is_wrong_gives_nan() -> None:
     for count in (0, 1, 3, 4):
         wrong = linear_cross_entropy(*arguments, vocab_size=9, num_scored=count, reduction="sum")
         assert wrong.loss.isnan() or count == 0
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("budget_bytes", [1 << 20, 4 * 64 * 9], ids=["whole", "chunks"])
+@pytest.mark.usefixtures("triton")
+def test_ignored_tokens_of_unknown_number_are_computed_and_count_for_nothing(
+    budget_bytes: int, reduction: Any, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that is not waited for."""
+    labels = _labels(40)
+    inputs = torch.randn(NUM_TOKENS, HIDDEN), torch.randn(40, HIDDEN), torch.randn(NUM_TOKENS)
+    options = {"vocab_size": 40, "reduction": reduction, "budget_bytes": budget_bytes, "label_smoothing": 0.1}
+    found = []
+    run = library.run
+    for known in (True, False):
+        if not known:
+            forget = lambda *x: run(*x[:-1], decode(x[-1])._replace(num_scored=-1).encode())  # noqa: E731
+            monkeypatch.setattr(library, "run", forget)
+        hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
+        result = linear_cross_entropy(hidden, weight, labels, implementation=implementation, **options)
+        (result.loss * (inputs[2] if reduction == "none" else 1.0)).sum().backward()
+        found.append([*(x.detach() for x in result), hidden.grad, weight.grad])
+        assert not result.nats_N[labels == IGNORED].any() and not result.correct_N[labels == IGNORED].any()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
