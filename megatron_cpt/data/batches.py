@@ -32,11 +32,6 @@ class Batch:
     position_ids_N: npt.NDArray[np.int64]
     sources: npt.NDArray[np.int64]
 
-    @property
-    def max_seqlen(self) -> int:
-        """Length of the longest piece between two borders."""
-        return int(np.diff(self.cu_seqlens).max())
-
 
 def batch(samples: Sequence[Sample]) -> Batch:
     """Samples of one length, in this order, as one batch.

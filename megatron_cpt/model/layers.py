@@ -27,7 +27,6 @@ class PackedDocuments:
     Attributes:
         cu_seqlens: (documents + 1,) int32 on the host; first 0, last N.
         position_ids_N: int64 on the device, counted from the start of each document.
-        max_seqlen: longest document, tokens.
         logit_positions: where logits are wanted when there are no labels; None: everywhere.
         num_scored: number of labels that are scored; None where it is not known, and then the head computes ignored
             tokens too.
@@ -35,7 +34,6 @@ class PackedDocuments:
 
     cu_seqlens: Tensor
     position_ids_N: Tensor
-    max_seqlen: int
     logit_positions: Tensor | None = None
     num_scored: int | None = None
     qkv_format: str = "packed"
@@ -140,7 +138,6 @@ class PackedAttention(MegatronModule):
             key.squeeze(1),
             value.squeeze(1),
             packed_seq_params.cu_seqlens,
-            max_seqlen=packed_seq_params.max_seqlen,
             scale=self.scale,
             implementation=self.implementation,
         )

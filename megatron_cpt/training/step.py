@@ -71,7 +71,6 @@ def to_device(batch: Batch, ignored_label: int | None = None) -> MicroBatch:
         documents=PackedDocuments(
             cu_seqlens=torch.from_numpy(batch.cu_seqlens),
             position_ids_N=torch.from_numpy(batch.position_ids_N).to(device, non_blocking=True),
-            max_seqlen=batch.max_seqlen,
             num_scored=int((labels != IGNORED).sum()),
         ),
     )
@@ -108,7 +107,7 @@ def logits_at(model: Sequence[Any], mesh: Mesh, tokens_N: Tensor, positions_P: T
     device = current_device().torch_device()
     positions_N = torch.arange(num_tokens, device=device)
     borders = torch.tensor([0, num_tokens], dtype=torch.int32)
-    document = PackedDocuments(borders, positions_N, num_tokens, positions_P.to(device))
+    document = PackedDocuments(borders, positions_N, positions_P.to(device))
 
     def forward_step(_: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         output = chunk(

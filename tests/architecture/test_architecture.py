@@ -52,6 +52,9 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without the docstring
 LONGER_FILES: dict[str, str] = {}  # path -> why
 LONGER_FUNCTIONS: dict[str, str] = {  # path::name -> why
+    "megatron_cpt/kernels/attention/triton_backward.py::key_value_gradient_kernel": "a kernel of 31 arguments",
+    "megatron_cpt/kernels/attention/triton_backward.py::query_gradient_kernel": "a kernel of 30 arguments",
+    "megatron_cpt/kernels/attention/triton_forward.py::forward_kernel": "a kernel of 25 arguments",
     "megatron_cpt/kernels/rope/triton_kernels.py::rotate": "a kernel of 23 arguments, a line each",
 }
 

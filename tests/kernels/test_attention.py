@@ -141,7 +141,7 @@ def test_boundaries_of_any_integer_kind() -> None:
     inputs = _inputs(10)
     expected = attention(*inputs, torch.tensor([0, 4, 10]), scale=0.3)
     for boundaries in (np.array([0, 4, 10], dtype=np.int32), torch.tensor([0, 4, 4, 10, 10], dtype=torch.int32)):
-        assert torch.equal(attention(*inputs, boundaries, max_seqlen=6, scale=0.3), expected)
+        assert torch.equal(attention(*inputs, boundaries, scale=0.3), expected)
 
 
 def test_evaluation_before_training_on_the_same_boundaries() -> None:

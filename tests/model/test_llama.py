@@ -157,7 +157,7 @@ def test_chosen_implementations_reach_the_ops(mesh: Mesh, monkeypatch: pytest.Mo
     from megatron_cpt.model.layers import PackedDocuments
 
     tokens = torch.arange(8)[None]
-    documents = PackedDocuments(torch.tensor([0, 8], dtype=torch.int32), torch.arange(8), 8)
+    documents = PackedDocuments(torch.tensor([0, 8], dtype=torch.int32), torch.arange(8))
     arguments = {"input_ids": tokens, "position_ids": tokens, "attention_mask": None, "packed_seq_params": documents}
     for name in ("attention", "norm", "cross_entropy", "rope", "swiglu"):
         kernels = KernelConfig.model_construct(**{**KernelConfig().model_dump(), name: "nowhere"})

@@ -6,6 +6,8 @@ causal one, for which torch picks the kernel. On the CPU, and on CUDA in bf16, t
 W x W matrix. On CUDA in fp32 with fewer key-value groups than query heads it is the plain one, which does keep
 it, for every row and head of a batch.
 
+Under a sliding window a long document is cut into blocks of queries, each with the keys that it can see and a mask.
+
 Shape letters: N tokens, H query heads, G key-value groups, K head size; R rows (documents) and W width of a
 batch, C = sum of R * W cells of all batches.
 """
@@ -15,19 +17,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-if TYPE_CHECKING:
-    from megatron_cpt.kernels.attention.op import Boundaries
+from megatron_cpt.kernels.attention.documents import Boundaries, lengths_differ, read_boundaries
 
 # A batch takes documents down to 1 / 1.5 of its longest: about 1.2 cells a token on mixed lengths, and at most
 # 15 batches from 4096 tokens to 16, below which a document costs less than a call of its own.
 _LENGTH_RATIO = 1.5
 _SHORT_TOKENS = 16
+# Under a window of W tokens a block of B queries is scored against B + W keys, and a block costs a call.
+_LEAST_BLOCK = 256
 
 
 def attention(
@@ -35,17 +37,17 @@ def attention(
     key_NGK: Tensor,
     value_NGK: Tensor,
     cu_seqlens: Boundaries,
-    max_seqlen: int | None,
     scale: float,
+    window: int | None,
 ) -> Tensor:
     """Returns causal attention inside each document [N, H, K]; see `op.attention`."""
-    layout = _lay_out(tuple(cu_seqlens.tolist()), query_NHK.shape[0], query_NHK.device)
+    layout = _lay_out(read_boundaries(cu_seqlens, query_NHK.shape[0]), query_NHK.device)
     query, key, value = (_gather(tensor, layout.token_of_cell_C) for tensor in (query_NHK, key_NGK, value_NGK))
     outputs = []
     start = 0
     for rows, width in layout.batches:
         cells = slice(start, start + rows * width)
-        outputs.append(_attend(query[cells], key[cells], value[cells], rows, width, scale))
+        outputs.append(_attend(query[cells], key[cells], value[cells], rows, width, scale, window))
         start = cells.stop
     if not outputs:
         return torch.zeros_like(query_NHK)
@@ -53,13 +55,39 @@ def attention(
     return _gather(output, layout.cell_of_token_N)
 
 
-def _attend(query_CHK: Tensor, key_CGK: Tensor, value_CGK: Tensor, rows: int, width: int, scale: float) -> Tensor:
+def _attend(
+    query_CHK: Tensor, key_CGK: Tensor, value_CGK: Tensor, rows: int, width: int, scale: float, window: int | None
+) -> Tensor:
     query, key, value = (
         tensor.unflatten(0, (rows, width)).transpose(1, 2) for tensor in (query_CHK, key_CGK, value_CGK)
     )
     grouped = query.shape[1] != key.shape[1]
-    output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    if window is None or window >= width - 1:
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    else:
+        block = max(window, _LEAST_BLOCK)
+        parts = []
+        for first in range(0, width, block):
+            stop, begin = min(first + block, width), max(first - window, 0)
+            seen = _seen(first, stop, begin, window, query.device)
+            parts.append(
+                scaled_dot_product_attention(
+                    query[:, :, first:stop],
+                    key[:, :, begin:stop],
+                    value[:, :, begin:stop],
+                    attn_mask=seen,
+                    scale=scale,
+                    enable_gqa=grouped,
+                )
+            )
+        output = torch.cat(parts, 2)
     return output.transpose(1, 2).flatten(0, 1)
+
+
+def _seen(first: int, stop: int, begin: int, window: int, device: torch.device) -> Tensor:
+    """Which keys from `begin` to `stop` (columns) the queries from `first` to `stop` (rows) see."""
+    back = torch.arange(first, stop, device=device)[:, None] - torch.arange(begin, stop, device=device)
+    return (back >= 0) & (back <= window)
 
 
 def _gather(tensor: Tensor, index: Tensor | None) -> Tensor:
@@ -79,16 +107,11 @@ class _Layout:
 # evaluation in inference mode leaves there must serve training too, so the indices are ordinary tensors.
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def _lay_out(boundaries: tuple[int, ...], num_tokens: int, device: torch.device) -> _Layout:
-    ordered = all(start <= stop for start, stop in pairwise(boundaries))
-    if not boundaries or boundaries[0] != 0 or boundaries[-1] != num_tokens or not ordered:
-        raise ValueError(
-            f"attention: got cu_seqlens from {boundaries[:1]} to {boundaries[-1:]} for {num_tokens} tokens; "
-            "expected 0, the further document starts in order, and the number of tokens"
-        )
+def _lay_out(boundaries: tuple[int, ...], device: torch.device) -> _Layout:
     documents = [(stop - start, start) for start, stop in pairwise(boundaries) if stop > start]
-    if len({length for length, _ in documents}) <= 1:
+    if not lengths_differ(boundaries):
         return _Layout(tuple((len(documents), length) for length, _ in documents[:1]))
+    num_tokens = boundaries[-1]
     batches = _group_by_length(documents)
     token_of_cell = []
     cell_of_token_N = torch.empty(num_tokens, dtype=torch.int64)

@@ -99,7 +99,7 @@ def query_gradient_kernel(
     head = program % num_heads
     tile = tiles_T3 + program // num_heads * 3
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    scale = scale.to(tl.float32)
+    scale = tl.cast(scale, tl.float32)
     group = head // SHARE
     rows = first + tl.arange(0, BLOCK_QUERIES)
     strides = (key_stride, key_head_stride, value_stride, value_head_stride)
@@ -178,7 +178,7 @@ def key_value_gradient_kernel(
     slot = program % num_slots
     tile = tiles_T3 + program // num_slots * 3
     first, end = tl.load(tile), tl.load(tile + 2)
-    scale = scale.to(tl.float32)
+    scale = tl.cast(scale, tl.float32)
     columns = first + tl.arange(0, BLOCK_KEYS)
     group = slot // SLOTS
     keys = load_rows(

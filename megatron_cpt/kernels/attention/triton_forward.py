@@ -93,7 +93,7 @@ def forward_kernel(
     head = program % num_heads
     tile = tiles_T3 + program // num_heads * 3
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    scale_log2 = scale_log2.to(tl.float32)
+    scale_log2 = tl.cast(scale_log2, tl.float32)
     group = head // SHARE
     rows = first + tl.arange(0, BLOCK_QUERIES)
     strides = (key_stride, key_head_stride, value_stride, value_head_stride)
@@ -119,6 +119,8 @@ def forward_kernel(
         state, queries, key, value, group, rows, diagonal, stop, end, scale_log2, window, strides,
         True, WINDOWED, BLOCK_KEYS, COLUMNS, HEAD_SIZE, DESCRIPTORS, PRECISION, STAGES,
     )  # fmt: skip
+    if WINDOWED:
+        total = tl.where(rows < end, total, 1.0)  # rows past the end may see no key
     store_rows(output, attended / total[:, None], head, first, end, num_heads, BLOCK_QUERIES, COLUMNS, HEAD_SIZE)
     lse = (peak + tl.log2(total)) * _LN_2
     tl.store(logsumexp_HN + head.to(tl.int64) * num_tokens + rows, lse, mask=rows < end)

@@ -1,0 +1,82 @@
+"""The documents of a packed row: their boundaries, and their tiles as a list of work for kernels."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Boundaries(Protocol):
+    """A one-dimensional integer array: a torch tensor or a NumPy array."""
+
+    def tolist(self) -> Any:
+        """Returns the values as a list of Python integers."""
+
+
+def read_boundaries(cu_seqlens: Boundaries, num_tokens: int) -> tuple[int, ...]:
+    """Returns the document starts and then the number of tokens, as they are given.
+
+    Raises:
+        ValueError: they do not begin with 0, fall somewhere, or do not end with `num_tokens`.
+    """
+    boundaries = tuple(cu_seqlens.tolist())
+    ordered = all(start <= stop for start, stop in pairwise(boundaries))
+    if not boundaries or boundaries[0] != 0 or boundaries[-1] != num_tokens or not ordered:
+        raise ValueError(
+            f"attention: got cu_seqlens from {boundaries[:1]} to {boundaries[-1:]} for {num_tokens} tokens; "
+            "expected 0, the further document starts in order, and the number of tokens"
+        )
+    return boundaries
+
+
+def lengths_differ(boundaries: tuple[int, ...]) -> bool:
+    """Returns whether documents that have tokens have different numbers of them."""
+    return len({stop - start for start, stop in pairwise(boundaries)} - {0}) > 1
+
+
+# All layers of a model ask for the same few lists. What an evaluation in inference mode leaves here must serve
+# training too, so they are ordinary tensors.
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def list_tiles(
+    boundaries: tuple[int, ...],
+    block: int,
+    lengths: range,
+    window: int | None,
+    of_keys: bool,
+    device: torch.device,
+) -> Tensor:
+    """Returns the tiles of the documents, those with the most work first, so that none is left for the end.
+
+    Args:
+        boundaries: from `read_boundaries`.
+        block: rows of a tile; the last tile of a document may have fewer.
+        lengths: documents of these lengths are listed.
+        window: tokens before its own that a query sees; None: all.
+        of_keys: whether the tiles are of keys, whose work is the queries that see them, or of queries.
+        device: where the list goes.
+
+    Returns:
+        [tiles, 3] int32: first row of the tile, of its document, and the row after the document's last.
+    """
+    edges = torch.tensor(boundaries)
+    starts, ends = edges[:-1], edges[1:]
+    sizes = ends - starts
+    listed = (sizes >= max(lengths.start, 1)) & (sizes < lengths.stop)
+    starts, ends, sizes = starts[listed], ends[listed], sizes[listed]
+    counts = (sizes + block - 1) // block
+    document = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    position = torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]
+    start, end = starts[document], ends[document]
+    first = start + position * block
+    reach = boundaries[-1] if window is None else window
+    if of_keys:
+        work = torch.minimum(end, first + block + reach) - first
+    else:
+        work = torch.minimum(end, first + block) - torch.maximum(start, first - reach)
+    order = work.argsort(descending=True, stable=True)
+    return torch.stack((first, start, end), 1)[order].to(device, torch.int32)
