@@ -211,7 +211,9 @@ def test_torch_compile_sees_one_node() -> None:
     output = compiled(query, *tensors[1:3])
     assert torch.equal(output, called(query, *tensors[1:3]))
     calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
-    assert [str(node.target) for node in calls if "megatron_cpt" in str(node.target)] == ["megatron_cpt.attention.default"]
+    assert [str(node.target) for node in calls if "megatron_cpt" in str(node.target)] == [
+        "megatron_cpt.attention.default"
+    ]
 
 
 def test_the_operators_are_what_torch_expects() -> None:

@@ -33,6 +33,8 @@ _DESCRIPTORS_CAPABILITY = (9, 0)
 _DESCRIPTOR_ALIGNMENT = 16  # bytes, of a tensor's begin and of the steps between its rows and heads
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
+_Reader = Callable[[Tensor], Any]  # a tensor to what a kernel reads tiles through
+
 
 def attention(
     query_NHK: Tensor,
@@ -228,14 +230,13 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [step for tensor in tensors for step in _steps(tensor)]
 
 
-def _readers(launch: Launch, described: bool) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
+def _readers(launch: Launch, described: bool) -> tuple[_Reader, _Reader]:
     """Returns what makes of a tensor the thing a kernel reads its tiles through: of queries, and of keys."""
-    if not described:
-        return _as_it_is, _as_it_is
-    return partial(_describe, rows=launch.blocks["BLOCK_QUERIES"]), partial(_describe, rows=launch.blocks["BLOCK_KEYS"])
+    read = _describe if described else _as_it_is
+    return partial(read, rows=launch.blocks["BLOCK_QUERIES"]), partial(read, rows=launch.blocks["BLOCK_KEYS"])
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _as_it_is(tensor: Tensor, rows: int) -> Tensor:
     return tensor
 
 

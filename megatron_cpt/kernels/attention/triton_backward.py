@@ -209,23 +209,30 @@ def key_value_gradient_kernel(
             DESCRIPTORS,
         )  # fmt: skip
         statistics = head.to(tl.int64) * num_tokens + rows
+        scores = tl.dot(keys, queries.T, input_precision=PRECISION)
+        # Each of the two is read where it is needed, as registers are short. Where rows may lie past the end, a row
+        # that does has no weight: two to the power of minus infinity.
         if DESCRIPTORS:
             lse = tl.load(logsumexp_HN + statistics)
-            delta = tl.load(delta_HN + statistics)
         else:
-            # A row of no document has no weight: two to the power of minus infinity.
             lse = tl.load(logsumexp_HN + statistics, mask=rows < end, other=float("inf"))
-            delta = tl.load(delta_HN + statistics, mask=rows < end, other=0.0)
-        scores = tl.dot(keys, queries.T, input_precision=PRECISION)
         weights = tl.exp2(scores * (scale * _LOG2_E) - (lse * _LOG2_E)[None, :])
         seen_by_all = (top == begin) & (top >= first + BLOCK_KEYS - 1)
         if WINDOWED:
             seen_by_all = seen_by_all & (top + BLOCK_QUERIES - 1 <= first + window)
-        if WINDOWED or not seen_by_all:
-            visible = visible_keys(rows[None, :], columns[:, None], first, window, WINDOWED)
-            weights = tl.where(visible & (rows >= begin)[None, :], weights, 0.0)
+        if not seen_by_all:
+            # Compared as distances from the block's top, of which a thread holds few.
+            queries_down = tl.arange(0, BLOCK_QUERIES)[None, :]
+            visible = queries_down >= (tl.maximum(columns, begin) - top)[:, None]
+            if WINDOWED:
+                visible = visible & (queries_down <= (columns + window - top)[:, None])
+            weights = tl.where(visible, weights, 0.0)
         grad_values = tl.dot(weights.to(grads.dtype), grads, grad_values, input_precision=PRECISION)
         grad_weights = tl.dot(values, grads.T, input_precision=PRECISION)
+        if DESCRIPTORS:
+            delta = tl.load(delta_HN + statistics)
+        else:
+            delta = tl.load(delta_HN + statistics, mask=rows < end, other=0.0)
         grad_scores = weights * (grad_weights - delta[None, :])
         grad_keys = tl.dot(grad_scores.to(queries.dtype), queries, grad_keys, input_precision=PRECISION)
     store_rows(grad_key, grad_keys * scale, slot, first, end, num_slots, BLOCK_KEYS, COLUMNS, HEAD_SIZE)

@@ -57,15 +57,15 @@ def _query_rule(setting: Setting) -> Launch:
     if setting.fp32:
         return _by_columns(setting.columns, _launch(32, 32, 8, 1), _launch(16, 16, 8, 1), _launch(16, 16, 8, 1))
     if setting.descriptors:
-        return _by_columns(setting.columns, _launch(128, 64, 8, 3), _launch(128, 64, 8), _launch(128, 32, 8))
-    return _by_columns(setting.columns, _launch(128, 64, 8), _launch(64, 64, 8), _launch(64, 16, 4))
+        return _by_columns(setting.columns, _launch(128, 64, 8, 3), _launch(128, 64, 8), _launch(64, 32, 8))
+    return _by_columns(setting.columns, _launch(128, 64, 8), _launch(64, 64, 8), _launch(64, 16, 8))
 
 
 def _key_value_rule(setting: Setting) -> Launch:
     if setting.fp32:
         return _launch(32, 32, 8, 1)
     if setting.descriptors:
-        return _by_columns(setting.columns, _launch(64, 128, 8, 3), _launch(64, 128, 8), _launch(16, 64, 8))
+        return _by_columns(setting.columns, _launch(64, 128, 8, 3), _launch(64, 128, 8), _launch(32, 64, 8))
     return _by_columns(setting.columns, _launch(32, 128, 8), _launch(64, 64, 8), _launch(16, 64, 8))
 
 
