@@ -42,7 +42,7 @@ def examine() -> dict[str, Any]:
     from megatron_cpt.runtime.device import current_device
 
     device = current_device()
-    # What a job would ask for: bf16 on an accelerator, fp32 on the CPU.
+    # What a job would ask for: bf16 on an accelerator, fp32 on the CPU; packed documents, which differ in length.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     native = importlib.util.find_spec("megatron_cpt.data._native") is not None
     return {
@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
         },
         "native_core": "built" if native else "missing: install the package again with a C++17 compiler",
         "optional": {name: {"version": _version(name), "brings": text} for name, text in OPTIONAL.items()},
-        "ops": explain(device=device.type, dtype=dtype),
+        "ops": explain(device=device.type, dtype=dtype, one_length=False),
         "ops_asked_for": {"device": device.type, "dtype": str(dtype).removeprefix("torch.")},
     }
 

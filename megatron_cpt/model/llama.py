@@ -196,6 +196,9 @@ def kernel_choices(config: LlamaEngineConfig) -> list[dispatch.Choice]:
         "rope": config.rope_implementation,
         "swiglu": config.swiglu_implementation,
     }
+    if config.attention_implementation == dispatch.AUTO:
+        # Asked again for each batch; packed documents differ in length, but for a batch now and then.
+        facts["one_length"] = False
     return [dispatch.decide(op, implementation, **facts) for op, implementation in named.items()]
 
 

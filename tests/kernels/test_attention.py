@@ -25,9 +25,12 @@ def _boundaries(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def _mask(lengths: list[int]) -> Tensor:
+def _mask(lengths: list[int], window: int | None = None) -> Tensor:
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return (document[:, None] == document[None, :]) & torch.ones(len(document), len(document)).tril().bool()
+    seen = torch.ones(len(document), len(document)).tril().bool()
+    if window is not None:
+        seen &= ~seen.tril(-window - 1)
+    return (document[:, None] == document[None, :]) & seen
 
 
 def _native(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
@@ -104,6 +107,23 @@ def test_a_document_of_nan_stays_alone() -> None:
         assert torch.equal(one.grad[others], other.grad[others])
 
 
+@pytest.mark.parametrize("window", [0, 1, 20, 300, 699, 700])
+def test_a_sliding_window(window: int, assert_accurate: Any) -> None:
+    lengths = [3, 700, 1, 64, 690]
+    inputs = [x.requires_grad_() for x in _inputs(sum(lengths), heads=2, head_size=4)]
+    grad = torch.randn_like(inputs[0])
+    got = attention(*inputs, _boundaries(lengths), scale=0.3, window=window)
+    results = [(got, *torch.autograd.grad(got, inputs, grad))]
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in leaves)
+        mask = _mask(lengths, window)
+        out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
+        results.append((out, *torch.autograd.grad(out, leaves, grad.to(dtype))))
+    for what, *values in zip(("output", "query", "key", "value"), *results, strict=True):
+        assert_accurate(what, *(x.detach() for x in values))
+
+
 class _Calls(TorchDispatchMode):
     """Counts the attention calls and gathers, and notes the head counts of the keys."""
 
@@ -166,6 +186,18 @@ def test_no_tokens() -> None:
 def test_boundaries_that_do_not_fit_are_refused(boundaries: list[int]) -> None:
     with pytest.raises(ValueError, match="for 10 tokens"):
         attention(*_inputs(10), torch.tensor(boundaries, dtype=torch.int32), scale=1.0)
+
+
+def test_numbers_out_of_their_range_are_refused() -> None:
+    query, key, value = _inputs(10)
+    boundaries = torch.tensor([0, 10])
+    for scale in (0.0, -1.0, torch.nan):
+        with pytest.raises(ValueError, match="got scale"):
+            attention(query, key, value, boundaries, scale=scale)
+    with pytest.raises(ValueError, match="got window -1"):
+        attention(query, key, value, boundaries, scale=1.0, window=-1)
+    with pytest.raises(ValueError, match="expected one dtype"):
+        attention(query, key.double(), value, boundaries, scale=1.0)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -192,7 +192,7 @@ def test_only_wanted_gradients_and_a_second_backward() -> None:
         assert torch.equal(_ours(query, key, value, [30], None), output)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_compile_sees_one_node() -> None:
     graphs: list[Any] = []
 
@@ -200,28 +200,29 @@ def test_torch_compile_sees_one_node() -> None:
         graphs.append(module.graph)
         return module
 
-    tensors = _tensors(30, 2, 1, 16)
-    boundaries = _boundaries([10, 20])
-
     def called(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention(query, key, value, boundaries, scale=0.3, implementation="triton")
 
-    compiled = torch.compile(called, fullgraph=True, backend=keep)
-    query = tensors[0].requires_grad_()
-    output = compiled(query, *tensors[1:3])
-    assert torch.equal(output, called(query, *tensors[1:3]))
-    calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
-    assert [str(node.target) for node in calls if "megatron_cpt" in str(node.target)] == [
-        "megatron_cpt.attention.default"
-    ]
+    boundaries = _boundaries([10, 20])
+    *inputs, grad = _tensors(30, 2, 1, 16)
+    torch.compiler.reset()
+    torch.compile(called, fullgraph=True, backend=keep)(*inputs)
+    own = [str(node.target) for node in graphs[0].nodes if str(node.target).startswith("megatron_cpt")]
+    assert len(graphs) == 1 and own == ["megatron_cpt.attention.default"]
+    torch.compiler.reset()
+    leaves = [x.requires_grad_() for x in inputs]
+    compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
+    expected, got = (torch.autograd.grad(function(*leaves), leaves, grad) for function in (called, compiled))
+    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
 
 
-def test_the_operators_are_what_torch_expects() -> None:
-    from megatron_cpt.kernels.attention import triton_attention
-
+def test_the_op_keeps_the_rules_of_the_dispatcher() -> None:
     query, key, value, _ = _tensors(20, 2, 1, 16)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(triton_attention._forward_op, (*leaves, _boundaries([8, 12]), 0.3, None))
+    tests = "test_schema", "test_autograd_registration", "test_faketensor"
+    arguments = *leaves, _boundaries([8, 12]), 0.3, None
+    _ours(*leaves, [20], None)  # registers it
+    torch.library.opcheck(torch.ops.megatron_cpt.attention, arguments, test_utils=tests)
 
 
 def test_tiles_cover_every_document_once_and_the_longest_work_comes_first() -> None:

@@ -100,6 +100,12 @@ def attention(
         raise ValueError(f"{OP}: got scale {scale}; expected a number above 0, as K ** -0.5")
     if window is not None and window < 0:
         raise ValueError(f"{OP}: got window {window}; expected the number of tokens before its own that a token sees")
+    # What torch.compile makes of a call serves later batches too, of whatever lengths their documents are.
+    documents = (
+        {"one_length": False}
+        if torch.compiler.is_compiling()
+        else {"cu_seqlens": cu_seqlens, "tensors": (query_NHK, key_NGK, value_NGK)}
+    )
     function = dispatch.choose(
         OP,
         implementation,
@@ -107,8 +113,7 @@ def attention(
         dtype=query_NHK.dtype,
         head_size=head_size,
         window=window,
-        cu_seqlens=cu_seqlens,
-        tensors=(query_NHK, key_NGK, value_NGK),
+        **documents,
     )
     result: Tensor = function(query_NHK, key_NGK, value_NGK, cu_seqlens, scale, window)
     return result

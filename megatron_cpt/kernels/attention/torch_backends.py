@@ -49,6 +49,7 @@ def _obstacle(
     device: object = None,
     dtype: object = None,
     window: int | None = None,
+    one_length: bool | None = None,
     cu_seqlens: Boundaries | None = None,
     tensors: tuple[Tensor, Tensor, Tensor] | None = None,
     **_facts: object,
@@ -59,12 +60,15 @@ def _obstacle(
         return f"it takes bf16 and fp16, not {dtype}"
     if window is not None:
         return "it has no sliding window"
-    if cu_seqlens is None or tensors is None:
-        return None
-    if torch.compiler.is_compiling():
-        return "it takes documents of one length, and what torch.compile makes has to fit all"
-    if lengths_differ(read_boundaries(cu_seqlens, tensors[0].shape[0])):
-        return "it takes documents of one length, and these differ"
+    if cu_seqlens is not None and tensors is not None:
+        one_length = not lengths_differ(read_boundaries(cu_seqlens, tensors[0].shape[0]))
+    if one_length is False:
+        return "it takes documents of one length, and those of a packed batch differ"
+    return None if tensors is None else _refusal(can_use, *tensors)
+
+
+def _refusal(can_use: Callable[[Any, bool], bool], *tensors: Tensor) -> str | None:
+    """Returns why torch itself would not take its kernel for these query, key and value, or None."""
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors)
     grouped = query.shape[1] != key.shape[1]
     call = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, grouped)

@@ -26,6 +26,7 @@ from megatron_cpt.kernels.attention.triton_settings import (
     Setting,
     padded_head_size,
 )
+from megatron_cpt.kernels.graph import GraphOp
 from megatron_cpt.kernels.tuning import Launch, Table
 from megatron_cpt.runtime.device import compute_capability, multiprocessor_count
 
@@ -33,7 +34,7 @@ _DESCRIPTORS_CAPABILITY = (9, 0)
 _DESCRIPTOR_ALIGNMENT = 16  # bytes, of a tensor's begin and of the steps between its rows and heads
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
-_Reader = Callable[[Tensor], Any]  # a tensor to what a kernel reads tiles through
+_Reader = Callable[[Tensor], Any]  # makes of a tensor what a kernel reads tiles through
 
 
 def attention(
@@ -46,12 +47,11 @@ def attention(
 ) -> Tensor:
     """Returns causal attention inside each document [N, H, K]; see `op.attention`."""
     edges = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(cu_seqlens.tolist(), dtype=torch.int32)
-    output: Tensor = _forward_op(query_NHK, key_NGK, value_NGK, edges, scale, window)[0]
+    output: Tensor = _ATTENTION(query_NHK, key_NGK, value_NGK, edges, scale, window)[0]
     return output
 
 
-@torch.library.custom_op("megatron_cpt::attention", mutates_args=())
-def _forward_op(
+def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [N, H, K] and the log of the sum of exponentials [H, N] in fp32."""
@@ -80,8 +80,7 @@ def _forward_op(
     return output, logsumexp_HN
 
 
-@torch.library.custom_op("megatron_cpt::attention_backward", mutates_args=())
-def _backward_op(
+def launch_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -265,25 +264,40 @@ def _constexprs(query: Tensor, window: int | None, described: bool, launch: Laun
     }
 
 
-@_forward_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
 
 
-@_backward_op.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, cu_seqlens, ctx.scale, ctx.window = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, *output, cu_seqlens)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, output, logsumexp_HN, cu_seqlens = ctx.saved_tensors
-    grads = _backward_op(grad, query, key, value, output, logsumexp_HN, cu_seqlens, ctx.scale, ctx.window)
-    return *grads, None, None, None
+def _arguments(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors, ctx.scale, ctx.window
 
 
-_forward_op.register_autograd(_differentiate, setup_context=_keep)
+def _gradients(ctx: Any, results: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    return *results, None, None, None
+
+
+_ATTENTION = GraphOp(
+    "attention",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float scale, int? window) -> (Tensor, Tensor)",
+    forward=launch_forward,
+    fake=_fake_forward,
+    backward_schema=(
+        "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, Tensor cu_seqlens, "
+        "float scale, int? window) -> (Tensor, Tensor, Tensor)"
+    ),
+    backward=launch_backward,
+    backward_fake=_fake_backward,
+    save=_save,
+    arguments=_arguments,
+    gradients=_gradients,
+)

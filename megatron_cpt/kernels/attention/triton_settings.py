@@ -66,7 +66,7 @@ def _key_value_rule(setting: Setting) -> Launch:
         return _launch(32, 32, 8, 1)
     if setting.descriptors:
         return _by_columns(setting.columns, _launch(64, 128, 8, 3), _launch(64, 128, 8), _launch(32, 64, 8))
-    return _by_columns(setting.columns, _launch(32, 128, 8), _launch(64, 64, 8), _launch(16, 64, 8))
+    return _by_columns(setting.columns, _launch(32, 128, 8), _launch(64, 64, 8), _launch(16, 64, 8, 3))
 
 
 FORWARD = Table(_forward_rule)
