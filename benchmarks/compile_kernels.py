@@ -159,7 +159,7 @@ def _row_of(position: int, arch: int) -> dict[str, str]:
 
 def compile_all(archs: list[int], processes: int) -> list[dict[str, str]]:
     """Returns the rows of all cases on all architectures."""
-    wanted = [(position, arch) for arch in archs for position in range(len(list(cases())))]
+    wanted = [(position, arch) for arch in archs for position, case in enumerate(cases()) if arch in case.archs]
     if processes == 1:
         return [_row_of(*pair) for pair in wanted]
     with ProcessPoolExecutor(processes) as pool:

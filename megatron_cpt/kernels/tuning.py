@@ -118,6 +118,7 @@ class CompileCase(NamedTuple):
         options: num_warps and num_stages, as `Launch.options` gives them.
         kind: "matrix" for kernels that have to reach the tensor cores' asynchronous products, "stream" for those
             that have to load 128 bits at a time, "small" for those whose loads are too few to matter.
+        archs: compute capabilities, without their point, for which the kernel is compiled.
     """
 
     name: str
@@ -126,3 +127,4 @@ class CompileCase(NamedTuple):
     constexprs: Mapping[str, Any]
     options: Mapping[str, int]
     kind: Literal["matrix", "stream", "small"]
+    archs: tuple[int, ...] = (80, 90, 100)

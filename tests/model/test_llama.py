@@ -175,7 +175,7 @@ def test_interpreted_kernels_give_the_numbers_of_torch(mesh: Mesh) -> None:
 
     pytest.importorskip("triton", reason="triton is not installed")
     tokens = torch.arange(8)[None]
-    documents = PackedDocuments(torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([*range(3), *range(5)]), 5)
+    documents = PackedDocuments(torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([*range(3), *range(5)]))
     results = []
     for implementation in ("torch", "triton"):
         names = ("norm", "rope", "swiglu", "cross_entropy")
@@ -197,7 +197,7 @@ def test_what_is_added_to_the_loss_is_trained_and_not_logged(mesh: Mesh) -> None
     from megatron_cpt.model.layers import PackedDocuments
 
     tokens, labels = torch.arange(8)[None], torch.tensor([[3, 5, -100, 9, 9, -100, 249, 0]])
-    documents = PackedDocuments(torch.tensor([0, 8], dtype=torch.int32), torch.arange(8), 8, num_scored=6)
+    documents = PackedDocuments(torch.tensor([0, 8], dtype=torch.int32), torch.arange(8), num_scored=6)
     results, grads = [], []
     for loss in (LossConfig(), LossConfig(label_smoothing=0.1, z_loss=0.01)):
         torch.manual_seed(1)

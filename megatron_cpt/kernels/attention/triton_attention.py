@@ -20,6 +20,7 @@ from megatron_cpt.kernels.attention.documents import Boundaries, list_tiles, rea
 from megatron_cpt.kernels.attention.triton_backward import key_value_gradient_kernel, query_gradient_kernel
 from megatron_cpt.kernels.attention.triton_forward import forward_kernel
 from megatron_cpt.kernels.attention.triton_settings import (
+    DESCRIPTORS_CAPABILITY,
     FORWARD,
     KEY_VALUE_GRADIENT,
     QUERY_GRADIENT,
@@ -30,7 +31,6 @@ from megatron_cpt.kernels.graph import GraphOp
 from megatron_cpt.kernels.tuning import Launch, Table
 from megatron_cpt.runtime.device import compute_capability, multiprocessor_count
 
-_DESCRIPTORS_CAPABILITY = (9, 0)
 _DESCRIPTOR_ALIGNMENT = 16  # bytes, of a tensor's begin and of the steps between its rows and heads
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
@@ -211,9 +211,8 @@ def _launches(
 
 
 def _can_describe(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the GPU has tensor descriptors (the interpreter has) and all tensors lie as they need it."""
-    capability = compute_capability(tensors[0].device.type)
-    if capability is not None and capability < _DESCRIPTORS_CAPABILITY:
+    """Whether the GPU is one for descriptors (the interpreter is) and all tensors lie as they need it."""
+    if compute_capability(tensors[0].device.type) not in (None, DESCRIPTORS_CAPABILITY):
         return False
     steps = [step * x.element_size() for x in tensors for step in _steps(x)]
     begins = [x.data_ptr() for x in tensors]

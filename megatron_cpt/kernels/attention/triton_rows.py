@@ -4,9 +4,9 @@ A tile may reach past the end of its document, into the next one or past the las
 others and may be anything, NaN too, and zero times NaN is NaN: it must not meet a sum over rows. There are two ways:
 
 - through pointers such rows are read as zeros;
-- through descriptors (the tensor memory accelerator of GPUs from compute capability 9.0 on) a tile is read as it
-  lies, so the kernels move a document's last tile back to end with it, and leave out what an earlier tile had. That
-  takes documents of at least a tile; shorter ones go through pointers.
+- through descriptors (the tensor memory accelerator of Hopper GPUs) a tile is read as it lies, so the kernels move
+  a document's last tile back to end with it, and leave out what an earlier tile had. That takes documents of at least
+  a tile; shorter ones go through pointers.
 """
 
 from __future__ import annotations

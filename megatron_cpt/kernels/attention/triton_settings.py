@@ -1,7 +1,7 @@
 """How the attention kernels are launched: blocks and warps by what a launch is about.
 
-Chosen so that no register is spilled, on GPUs of capability 8.0 and 9.0 and with Triton 3.6 and 3.9, and that the
-pointer kernels fit the 99 KiB of shared memory of capability 8.6 and 8.9 when they are compiled for those.
+Chosen so that no register is spilled, for capabilities 8.0, 9.0 and 10.0 and with Triton 3.6 and 3.9, and that what is
+compiled for capability 8 fits the 99 KiB of shared memory of its smaller GPUs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from megatron_cpt.kernels.attention.triton_backward import key_value_gradient_ke
 from megatron_cpt.kernels.attention.triton_forward import forward_kernel
 from megatron_cpt.kernels.tuning import CompileCase, Launch, Table
 
+# Other generations have tensor descriptors too, but their matrix units and their shared memory are different, and
+# these settings are not for them.
+DESCRIPTORS_CAPABILITY = (9, 0)
 _LEAST_COLUMNS = 16  # tl.dot takes no fewer
 
 
@@ -58,7 +61,7 @@ def _query_rule(setting: Setting) -> Launch:
         return _by_columns(setting.columns, _launch(32, 32, 8, 1), _launch(16, 16, 8, 1), _launch(16, 16, 8, 1))
     if setting.descriptors:
         return _by_columns(setting.columns, _launch(128, 64, 8, 3), _launch(128, 64, 8), _launch(64, 32, 8))
-    return _by_columns(setting.columns, _launch(128, 64, 8), _launch(64, 64, 8), _launch(64, 16, 8))
+    return _by_columns(setting.columns, _launch(128, 64, 8), _launch(128, 32, 8), _launch(64, 16, 8))
 
 
 def _key_value_rule(setting: Setting) -> Launch:
@@ -108,7 +111,8 @@ def _cases(head_size: int, descriptors: bool, windowed: bool) -> Iterator[Compil
             }
             title = f"attention_{kernel} {name} K={head_size} {through}{' window' * windowed}"
             signature = _signature(setting, launch)
-            yield CompileCase(title, function, signature, constexprs, launch.options(), "matrix")
+            archs = (DESCRIPTORS_CAPABILITY[0] * 10 + DESCRIPTORS_CAPABILITY[1],) if descriptors else (80, 90, 100)
+            yield CompileCase(title, function, signature, constexprs, launch.options(), "matrix", archs)
 
 
 def _signature(setting: Setting, launch: Launch) -> dict[str, str]:
