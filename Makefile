@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help setup demo test fuzz check compile compile-old clean
+.PHONY: help setup demo test test-gpu bench-gpu fuzz check compile compile-old clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,19 @@ demo: setup ## run the whole path on the built-in bilingual world
 
 test: setup ## run all tests, a process for each core, four at most
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# On a machine with a GPU the kernels need what its own Python has, and no setup.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+needs = @"$(GPU_PYTHON)" -c 'import importlib.util as u, sys; m = [n for n in sys.argv[1:] if u.find_spec(n) is None]; \
+	sys.exit("error: $@ needs " + ", ".join(m) + "; install it, or name another Python with GPU_PYTHON=/path/to/python" if m else 0)'
+
+test-gpu: ## test the kernels on an NVIDIA GPU; needs torch, Triton, NumPy and pytest alone
+	$(needs) torch triton numpy pytest
+	"$(GPU_PYTHON)" -m pytest tests/gpu --confcutdir tests/gpu -p no:cacheprovider $(ARGS)
+
+bench-gpu: ## measure the kernels on an NVIDIA GPU beside what is installed; ARGS="--help" lists options
+	$(needs) torch triton
+	@"$(GPU_PYTHON)" benchmarks/bench_kernels.py $(ARGS)
 
 fuzz: setup ## look longer for texts on which the readers and the encoder are wrong
 	FUZZ=100 $(BIN)/python -m pytest tests/data/test_records.py tests/data/test_encoder_models.py

@@ -179,7 +179,7 @@ def test_comments_are_ascii_and_promise_nothing() -> None:
 
 def test_tests_mirror_the_package() -> None:
     folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").rglob("test_*.py")}
-    assert folders <= FLOORS.keys() | {"architecture", "examples"}
+    assert folders <= FLOORS.keys() | {"architecture", "examples", "gpu"}
 
 
 def test_every_verb_is_in_the_table() -> None:
