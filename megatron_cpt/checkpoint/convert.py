@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -32,7 +31,14 @@ from megatron_cpt.checkpoint.runs import StoredModel
 from megatron_cpt.checkpoint.seal import check_manifest, seal_files
 from megatron_cpt.checkpoint.tokenizer_files import copy_tokenizer, end_tokens, matching_tokenizer
 from megatron_cpt.checkpoint.torch_dist import lay_out_torch_dist
-from megatron_cpt.config.folders import check_apart, check_free, resumable_folder, staged_folder, sync_folder
+from megatron_cpt.config.folders import (
+    check_apart,
+    check_free,
+    check_writable,
+    resumable_folder,
+    staged_folder,
+    sync_folder,
+)
 from megatron_cpt.config.manifest import MANIFEST, sha256_file, sha256_json
 from megatron_cpt.config.padding import padded_vocab_size
 from megatron_cpt.errors import CheckpointError
@@ -73,6 +79,7 @@ def convert(
     workers: int | None = None,
     dry_run: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_kept: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint; every tensor is carried over bit for bit unless `dtype` says otherwise.
 
@@ -100,13 +107,14 @@ def convert(
         workers: tensors that are worked on at once; None: two for each core, eight at most.
         dry_run: plan and check only.
         on_progress: called with (bytes done, bytes in all), by any worker.
+        on_kept: called with the folder of what is done where the work is interrupted, or the system refuses something.
 
     Returns:
         facts of the conversion, as recorded in the manifest, with `files` and `bytes`.
 
     Raises:
         InputError: source, destination, tokenizer or layout cannot be used, or the optimizer's state is not of these
-            weights; nothing is left behind.
+            weights, and nothing is left behind; or another conversion to the same folder is unfinished, and it stays.
         VerificationError: the source's own manifest was changed after it was written.
         OSError: what the system refuses; what was done stays for the next call.
     """
@@ -127,6 +135,7 @@ def convert(
     workers = num_workers(workers)
     facts = plan.facts | {"source": str(src), "destination": str(dst), "bytes": plan.layout.num_bytes}
     facts["peak_bytes"] = peak_bytes(source, plan.layout, workers, None if dtype is None else DTYPES[dtype])
+    check_writable(dst, CheckpointError)
     if dry_run:
         require_space(staged_folder(dst), plan.layout.num_bytes)
         facts.pop("huggingface", None)
@@ -136,7 +145,12 @@ def convert(
         try:
             check_free(dst, CheckpointError)  # another process may have made it meanwhile
             journal = _begin(dst, sha256_json([__version__, *described]), plan.layout)
-            _write(source, plan, dst, journal, workers, facts, on_progress)
+            try:
+                _write(source, plan, dst, journal, workers, facts, on_progress)
+            except (KeyboardInterrupt, OSError):
+                if on_kept is not None:
+                    on_kept(staged_folder(dst))
+                raise
         finally:
             (dst.parent / f".{dst.name}.lock").unlink()
     facts.pop("huggingface", None)  # a copy of two files, for the manifest alone
@@ -188,6 +202,10 @@ def _plan(
     facts, folder = _facts(source, dtypes, tokenizer)
     source, state, told = carried_state(source, target, dtypes, optimizer)
     dtypes |= state
+    if not state and target.optimizer_form != Target(target.format).optimizer_form:
+        raise CheckpointError(
+            f"got --optimizer-form {target.optimizer_form}, and no optimizer's state goes along; leave it out"
+        )
     facts |= {"to": target.format, "cast": dtype, **told, **given}
     if target.format in ("hf", "nxd"):
         facts["padded_vocab_size"] = source.vocab_size
@@ -260,14 +278,22 @@ def _facts(
 
 
 def _begin(dst: Path, key: str, layout: NewLayout) -> Journal:
-    """The journal of this very conversion, begun or found; what another one has left is removed."""
+    """The journal of this very conversion, begun or found.
+
+    Raises:
+        CheckpointError: something else than the same conversion, unfinished, is in its place; or the disk is too small.
+    """
     staged = staged_folder(dst)
     if staged.is_symlink():  # not ours: we make folders
         staged.unlink()
-    if Journal.is_of(staged, key):
-        _remove_strangers(staged, {JOURNAL, *(file.name for file in layout.files)})
-    else:
-        shutil.rmtree(staged, ignore_errors=True)
+    held_there = {path.name for path in staged.glob("*")} if staged.exists() else set()
+    if held_there - {JOURNAL} and not Journal.is_of(staged, key):
+        what = f"an unfinished conversion to {dst}" if JOURNAL in held_there else "files of something else"
+        raise CheckpointError(
+            f"{staged} holds {what}, not this one (the source's files, the options and the tool's version count); to "
+            "go on with it repeat its very command, to give it up remove that folder"
+        )
+    _remove_strangers(staged, {JOURNAL, *(file.name for file in layout.files)})
     held = sum(path.stat().st_blocks * 512 for path in staged.rglob("*") if path.is_file())
     require_space(staged, max(0, layout.num_bytes - held))
     staged.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,9 @@ _OF_A_LLAMA: dict[str, tuple[Any, ...]] = {
     "softmax_type": (None, "vanilla"),
 }
 
+# The arguments without which nothing is known of a Llama.
+_SIZES = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings"}
+
 
 def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hints: Hints | None) -> Described:
     """What the model of a Megatron checkpoint is.
@@ -96,10 +99,12 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
         folder: of the checkpoint; its manifest.json is believed first, if it has one.
         args: Megatron's arguments that were saved with it, if they were.
         stored_rows: rows of its embedding, padding included.
-        hints: what the user says; a config there goes before the arguments.
+        hints: what the user says of what neither of them does. The context length, by which nothing is computed, may
+            be another in a config there than in the arguments.
 
     Raises:
-        CheckpointError: it is no Llama, or nothing says what it is or how many of its rows are padding.
+        CheckpointError: it is no Llama, what is said of it differs, or nothing says what it is or how many of its rows
+            are padding.
     """
     hints = hints or Hints()
     if (folder / MANIFEST).exists():
@@ -111,29 +116,36 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
             f"{folder}: got Megatron's argument iteration={brief(step)}, expected an integer of 0 to {MAX_SIZE}"
         )
     stated = {"step": step} if step else {}
-    vocab_size = hints.vocab_size
-    if hints.config is not None:
-        llama, config_size = told_by_config(hints.config)
-        vocab_size = vocab_size or config_size
-    elif args:
+    vocab_size = (args or {}).get("vocab_size")
+    if args and (hints.config is None or {name for name, value in args.items() if value is not None} >= _SIZES):
         llama = llama_of_args(args, str(folder))
-        vocab_size = vocab_size or args.get("vocab_size") or hints.tokenizer_size
+        if hints.config is not None:
+            told, _ = told_by_config(hints.config)
+            llama = llama.model_copy(update={"max_position_embeddings": told.max_position_embeddings})
+    elif hints.config is not None:
+        refuse_other_models(args or {}, str(folder))
+        llama, _ = told_by_config(hints.config)
     else:
         raise CheckpointError(
             f"{folder} holds neither {MANIFEST} nor Megatron's arguments, so nothing says what model it is; give the "
             "config.json of the model with --config"
         )
+    if vocab_size is None:
+        told_size = None if hints.config is None else told_by_config(hints.config)[1]
+        vocab_size = hints.vocab_size or told_size or hints.tokenizer_size
     if vocab_size is None and not hints.vocab_known:
         return Described(llama, stored_rows, {**stated, UNKNOWN_VOCAB: True})
     if type(vocab_size) is not int or not 0 < vocab_size <= stored_rows:
         if type(vocab_size) is int and vocab_size > stored_rows:
             raise CheckpointError(
-                f"{folder} stores {stored_rows} rows of vocabulary, fewer than the {brief(vocab_size)} that there are "
-                "said to be; a rank's file is missing, or the number is another model's"
+                f"{folder} stores {stored_rows} rows of vocabulary, fewer than the {brief(vocab_size)} that its "
+                "arguments, or what you gave (--vocab-size, --config, --tokenizer), say; a rank's file is missing, or "
+                "the number is another model's"
             )
+        said = "nothing" if vocab_size is None else brief(vocab_size)
         raise CheckpointError(
-            f"{folder} stores {stored_rows} rows of vocabulary and says {brief(vocab_size)} of how many an id can reach"
-            "; give the number with --vocab-size, or the tokenizer with --tokenizer"
+            f"{folder} stores {stored_rows} rows of vocabulary and says {said} of how many an id can reach; give the "
+            "number with --vocab-size, or the tokenizer with --tokenizer"
         )
     return Described(llama, vocab_size, stated)
 
@@ -170,8 +182,8 @@ def check_hints(hints: Hints, folder: Path, llama: LlamaShape, vocab_size: int) 
         )
 
 
-def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:
-    """The architecture that Megatron's arguments describe; raises CheckpointError where it is no Llama."""
+def refuse_other_models(args: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError where Megatron's arguments, as far as they are there, are not those of a Llama."""
     for name, allowed in {**_OF_A_LLAMA, "position_embedding_type": ("rope",)}.items():
         got = args.get(name, allowed[0])
         if name == "position_embedding_type" and args.get("use_rotary_position_embeddings"):  # Megatron's older word
@@ -180,6 +192,11 @@ def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:
             raise CheckpointError(
                 f"{where}: got Megatron's argument {name}={brief(got)}, expected a Llama's ({allowed[-1]!r})"
             )
+
+
+def llama_of_args(args: Mapping[str, Any], where: str) -> LlamaShape:
+    """The architecture that Megatron's arguments describe; raises CheckpointError where it is no Llama."""
+    refuse_other_models(args, where)
     try:
         heads = args["num_attention_heads"]
         groups = args.get("num_query_groups") if args.get("group_query_attention") else None

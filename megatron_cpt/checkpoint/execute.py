@@ -124,7 +124,10 @@ def execute(
     Raises:
         CheckpointError: copies of a tensor in the source differ, or a cast makes a number infinite.
     """
+    fresh = not any((folder / file.name).exists() for file in layout.files)
     _prepare(layout, folder)
+    if not fresh:
+        _clear_padding(layout, folder)
     target = StoredModel(folder, source.format, source.llama, source.vocab_size, 0, layout.tensors)
     progress = Tally(sum(num_bytes(p.shape, p.dtype) for p in layout.tensors.values()), on_progress)
 
@@ -133,7 +136,7 @@ def execute(
         if before and before[0] == digest_of(target, name) and _copies_agree(folder, layout, target, name):
             progress.add(num_bytes(placed.shape, placed.dtype))
             return _Done(name, *before, True)
-        digest, error = _move(source, layout, folder, name, progress)
+        digest, error = _move(source, layout, folder, name, progress, past_cache=fresh)
         journal.add(name, digest, error)
         return _Done(name, digest, error, False)
 
@@ -210,7 +213,17 @@ def _prepare(layout: NewLayout, folder: Path) -> None:
             os.close(descriptor)
 
 
-def _move(source: StoredModel, layout: NewLayout, folder: Path, name: str, progress: Tally) -> tuple[str, float]:
+def _clear_padding(layout: NewLayout, folder: Path) -> None:
+    """Make the padding rows zero in files that an earlier attempt has left; in new ones they are holes."""
+    for placed in layout.padding.values():
+        row_bytes = num_bytes(placed.shape[1:], placed.dtype)
+        for start, stop in row_blocks(placed.shape[0], row_bytes, STREAM_BYTES):
+            write_runs(folder, placed, start, new_tensor((stop - start, *placed.shape[1:]), placed.dtype), placed.runs)
+
+
+def _move(
+    source: StoredModel, layout: NewLayout, folder: Path, name: str, progress: Tally, past_cache: bool
+) -> tuple[str, float]:
     """Stream one tensor; returns its digest and the largest error of its cast."""
     placed, copies = layout.tensors[name], layout.copies.get(name, ())
     digest, error = hashlib.sha256(), 0.0
@@ -223,7 +236,7 @@ def _move(source: StoredModel, layout: NewLayout, folder: Path, name: str, progr
             error = max(error, _cast_error(name, block, rows))
         digest.update(raw_bytes(rows))
         for each in (placed, *copies):
-            write_runs(folder, each, start, rows, each.runs)
+            write_runs(folder, each, start, rows, each.runs, past_cache)
         progress.add(num_bytes(tuple(rows.shape), rows.dtype))
     return digest.hexdigest(), error
 

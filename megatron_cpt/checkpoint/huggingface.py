@@ -17,7 +17,6 @@ import torch
 
 from megatron_cpt.checkpoint.archive import read_archive
 from megatron_cpt.checkpoint.archive_pickle import Array, dense_strides
-from megatron_cpt.checkpoint.direct import PAGE
 from megatron_cpt.checkpoint.files import brief, file_inside, json_inside
 from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, parse_hf_config
 from megatron_cpt.checkpoint.layout import NewFile, NewLayout
@@ -38,6 +37,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_SHARD_BYTES = 5_000_000_000
 _KINDS = {torch.int64: "I64", **{dtype: kind for kind, dtype in DTYPES.items()}}
+_ALIGNMENT = 4096  # of the data in what is laid out here: tensors of whole pages begin at one
 _T = TypeVar("_T")
 
 
@@ -130,7 +130,7 @@ def lay_out_hf(
     shards = split_into_shards(entries, sizes, max_shard_bytes)
     files, tensors, weight_map = [], {}, {}
     for file, shard in zip(shard_names(len(shards)), shards, strict=True):
-        raw, offsets = shard_header(shard, PAGE)  # so that tensors of whole pages begin at one
+        raw, offsets = shard_header(shard, _ALIGNMENT)
         for (name, shape, dtype), offset in zip(shard, offsets, strict=True):
             tensors[name] = _placed(Stored(Path(file), offset, shape, dtype))
             weight_map[name] = file

@@ -200,8 +200,8 @@ def _part_shape(key: str, split: Split, shape: tuple[int, ...], count: int) -> t
     axis = 0 if split == "rows" else 1
     if shape[axis] % count:
         raise CheckpointError(
-            f"{key}: {shape[axis]} {split} cannot lie in {count} files, which have to hold the same; give all files "
-            "of a model, or another number to write"
+            f"{key}: {shape[axis]} {split} cannot lie in {count} files, which have to hold the same; to read, give all "
+            "files of a model; to write, another --tp"
         )
     return *shape[:axis], shape[axis] // count, *shape[axis + 1 :]
 

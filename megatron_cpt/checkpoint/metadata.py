@@ -130,7 +130,7 @@ def write_index(folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapp
     for key, held in objects.items():
         described[key] = _record("BytesStorageMetadata")
         places[_record("MetadataIndex", fqn=key, index=None)] = _place(held.file, held.start, held.length)
-    root = _record("Metadata", state_dict_metadata=described, storage_data=places)
+    root = _record("Metadata", state_dict_metadata=described, planner_data=None, storage_data=places, storage_meta=None)
     with open(folder / METADATA, "wb") as file:
         NamedPickler(file, protocol=4).dump(root)
         file.flush()
@@ -140,7 +140,7 @@ def write_index(folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapp
 def _record(name: str, **fields: Any) -> StandIn:
     """What pickles as an object of torch.distributed.checkpoint.metadata, a package that takes a second to import.
 
-    A field that is left out has the default of its class.
+    A field that not every version of torch since 2.6 knows is left out: it then has the default of its class.
     """
     return _made("metadata", name, fields)
 

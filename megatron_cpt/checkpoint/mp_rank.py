@@ -311,7 +311,7 @@ def _check_cut(llama: LlamaShape, padded_size: int, target: Target) -> None:
     groups = llama.num_query_groups
     if groups % target.tp and target.tp % groups:
         raise CheckpointError(
-            f"got {groups} key-value heads and a tensor-parallel size of {target.tp}, expected a multiple or a divisor"
+            f"got --tp {target.tp} for {groups} key-value heads, expected a multiple or a divisor of them"
         )
     # With fewer groups than ranks, Megatron cuts the rows of the grouped matrix as they come.
     for what, size, parts in (

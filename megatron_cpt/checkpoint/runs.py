@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_cpt.checkpoint.archive_pickle import Array
 from megatron_cpt.checkpoint.cover import check_cover
-from megatron_cpt.checkpoint.direct import write_exactly, write_through
+from megatron_cpt.checkpoint.direct import write_at, write_exactly, write_past_cache
 from megatron_cpt.checkpoint.files import new_tensor, read_exactly
 from megatron_cpt.checkpoint.llama import EMBEDDING, hf_shapes
 from megatron_cpt.checkpoint.optimizer_state import LEAVE_BEHIND, OptimizerFacts
@@ -289,8 +289,19 @@ def number_of(path: Path, value: Any) -> float:
     return float(held)
 
 
-def write_runs(folder: Path, placed: Placed, start: int, rows: Tensor, runs: Iterable[Run]) -> None:
-    """Write rows [start, start + len(rows)) of a tensor to where the runs say, in files that are there."""
+def write_runs(
+    folder: Path, placed: Placed, start: int, rows: Tensor, runs: Iterable[Run], past_cache: bool = False
+) -> None:
+    """Write rows [start, start + len(rows)) of a tensor to where the runs say, in files that are there.
+
+    Args:
+        folder: of the files.
+        placed: the tensor.
+        start: its first row here.
+        rows: contiguous.
+        runs: those of the tensor, or some of them.
+        past_cache: write whole pages directly to the disk (see `direct`); nobody may read the files meanwhile.
+    """
     matrix = rows.view(len(rows), placed.columns)
     for run in runs:
         first, last = max(start, run.row), min(start + len(rows), run.row + run.rows)
@@ -300,7 +311,7 @@ def write_runs(folder: Path, placed: Placed, start: int, rows: Tensor, runs: Ite
         offset, view = run.offset + (first - run.row) * run.pitch, raw_bytes(part)
         row_bytes = run.columns * placed.dtype.itemsize
         if run.pitch == row_bytes:
-            write_through(folder / run.file, offset, view)
+            (write_past_cache if past_cache else write_at)(folder / run.file, offset, view)
             continue
         with open(folder / run.file, "r+b", buffering=0) as file:
             for row in range(last - first):

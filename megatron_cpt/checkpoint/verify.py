@@ -150,7 +150,10 @@ def _kinds(model: StoredModel) -> dict[str, str]:
 def _open(folder: str | Path, hints: Hints | None) -> StoredModel:
     """What is to be proved, with the state of its optimizer where its manifest records that."""
     path = newest_checkpoint(Path(folder))
-    recorded = check_manifest(path)
+    try:
+        recorded = check_manifest(path)
+    except CheckpointError as caught:  # it is there, and no manifest of a checkpoint any more
+        raise VerificationError(str(caught)) from caught
     with_optimizer = any(name.split("/", 1)[0] in STATES for name in recorded.get("tensors", ()))
     sealed = "files" in recorded
     try:
@@ -299,10 +302,14 @@ def _first(told: Sequence[str], between: str) -> str:
 
 
 def _check_padding(target: StoredModel) -> int:
-    """Number of padding rows of the vocabulary tables; they too have to be finite."""
+    """Number of padding rows of the vocabulary tables; they too have to be finite, and zero where we wrote them."""
+    made_here = "files" in target.stated and "converted_from" in target.stated
     for name in target.padding:
-        if not all(block.isfinite().all() for block in target.padding_blocks(name)):
-            raise VerificationError(
-                f"{target.folder}: the padding rows of {name} hold NaN or infinity; convert it again"
-            )
+        for block in target.padding_blocks(name):
+            if not block.isfinite().all():
+                raise VerificationError(
+                    f"{target.folder}: the padding rows of {name} hold NaN or infinity; convert it again"
+                )
+            if made_here and block.any():
+                raise VerificationError(f"{target.folder}: the padding rows of {name} are not zero; convert it again")
     return target.padded_vocab_size - target.vocab_size

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, kept_for_later, progress
+from megatron_cpt.cli.console import DryRunOption, JsonOption, emit, progress, say_kept
 
 app = typer.Typer(help="Convert, verify and show checkpoints.", no_args_is_help=True)
 
@@ -111,7 +111,7 @@ def convert(
     """
     from megatron_cpt.checkpoint import convert
 
-    with kept_for_later(dst), progress(f"Converting {src}") as advance:
+    with progress(f"Converting {src}") as advance:
         facts = convert(
             src,
             dst,
@@ -132,6 +132,7 @@ def convert(
             workers=workers,
             dry_run=dry_run,
             on_progress=advance,
+            on_kept=say_kept,
         )
     emit(facts, as_json, _facts)
 

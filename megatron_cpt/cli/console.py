@@ -14,8 +14,6 @@ from typing import Annotated, Any, Protocol
 import typer
 from rich.console import Console, RenderableType
 
-from megatron_cpt.config.folders import staged_folder
-
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change one value of the configuration; may be repeated."),
@@ -52,16 +50,9 @@ def stdout_for_results(as_json: bool) -> Iterator[None]:
         os.close(stdout)
 
 
-@contextlib.contextmanager
-def kept_for_later(folder: Path) -> Iterator[None]:
-    """Where work on a new folder is stopped, or the system refuses it something: say that it can go on later."""
-    try:
-        yield
-    except (KeyboardInterrupt, OSError):
-        staged = staged_folder(folder)
-        if staged.is_dir():
-            print(f"What is done is kept in {staged}; the same command goes on with it.", file=sys.stderr)
-        raise
+def say_kept(staged: Path) -> None:
+    """Say that work which was stopped can go on later."""
+    print(f"What is done is kept in {staged}; the same command goes on with it.", file=sys.stderr)
 
 
 class Advance(Protocol):

@@ -21,6 +21,15 @@ def check_free(folder: Path, error: type[InputError]) -> None:
         raise error(f"{folder} already holds files: choose a new folder, or remove this one first")
 
 
+def check_writable(folder: Path, error: type[InputError]) -> None:
+    """Raise `error` when `folder` cannot be made, because what is above it may not be written."""
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise error(f"{folder} cannot be made: {above} is a file; choose another path")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise error(f"{folder} cannot be made: {above} may not be written by you; choose another path")
+
+
 def check_apart(source: Path, destination: Path, error: type[InputError]) -> None:
     """Raise `error` when one of two folders lies inside the other, or they are one."""
     one, other = source.resolve(), destination.resolve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,17 @@ def test_convert_verify_and_show(make_model, tmp_path: Path, capsys: pytest.Capt
 def test_an_interruption_says_what_stays(
     make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = make_model(tmp_path / "hf")
+    source, empty = make_model(tmp_path / "hf"), tmp_path / "empty"
+    empty.mkdir()
 
     def stopped(self: executing.Tally, size: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(executing.Tally, "add", stopped)
+        monkeypatch.chdir(empty)
+        code, _, error = run(capsys, "convert", source, ".")
+        assert code == 130 and f"kept in {tmp_path / '.empty.partial'}; the same" in error
         code, _, error = run(capsys, "convert", source, tmp_path / "out")
     assert code == 130 and "stopped with Ctrl-C" in error
     assert f"What is done is kept in {tmp_path / '.out.partial'}; the same command goes on" in error
@@ -102,11 +107,53 @@ def test_damage_of_what_is_proved_is_a_failed_proof(
     """Whether it shows in a header or in a tensor."""
     source, stored = make_model(tmp_path / "hf"), tmp_path / "stored"
     assert run(capsys, "convert", source, stored)[0] == 0
+    manifest = (stored / "manifest.json").read_text()
+    for damaged in (
+        "",
+        manifest[:100],
+        manifest.replace('"checkpoint"', '"checkqoint"'),
+        manifest.replace("133", "933"),
+    ):
+        (stored / "manifest.json").write_text(damaged)
+        assert run(capsys, "verify", source, stored)[0] == run(capsys, "verify", stored)[0] == 1
+    (stored / "manifest.json").write_text(manifest)
     (stored / ".metadata").write_bytes(b"")
     code, _, error = run(capsys, "verify", source, stored)
     assert code == 1 and "cannot be read as a checkpoint's index: it is cut short" in error
     assert run(capsys, "verify", stored)[0] == 1
     assert run(capsys, "verify", stored, source)[0] == 2  # what cannot be read is not what is proved
+
+
+@pytest.mark.parametrize("to", ["torch_dist", "mp_rank"])
+def test_what_megatrons_arguments_say_is_not_overruled(
+    to: str, make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, stored, out = make_model(tmp_path / "hf"), tmp_path / "stored", tmp_path / "out"
+    assert run(capsys, "convert", source, stored, "--to", to)[0] == 0
+    (stored / "manifest.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    for change, told in (
+        ({"vocab_size": 99}, "vocab_size 99, not 133"),
+        ({"rope_theta": 123.0, "rope_parameters": None}, "rope_theta 123.0, not "),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(config | change))
+        code, _, error = run(capsys, "convert", stored, out, "--to", "hf", "--config", tmp_path / "other.json")
+        assert code == 2 and told in error
+    code, _, error = run(capsys, "convert", stored, out, "--to", "hf", "--vocab-size", 99)
+    assert code == 2 and "itself says a vocabulary of 133, not 99" in error
+    (tmp_path / "other.json").write_text(json.dumps(config | {"max_position_embeddings": 77}))
+    code, _, error = run(capsys, "convert", stored, out, "--to", "hf", "--config", tmp_path / "other.json")
+    assert code == 0, error
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 77
+
+
+def test_a_place_that_may_not_be_written_is_told_before(
+    make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model(tmp_path / "hf")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    code, _, error = run(capsys, "convert", source, tmp_path / "deep" / "out", "--dry-run")
+    assert code == 2 and f"{tmp_path / 'deep' / 'out'} cannot be made: {tmp_path} may not be written" in error
 
 
 def test_wrong_input_is_answered_with_code_2(make_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,6 +182,8 @@ def test_dry_run_writes_nothing(make_model, tmp_path: Path) -> None:
             "got --spec, --optimizer-form for torch_dist",
         ),
         ({"to": "hf", "vocab_divisor": 64}, "got --vocab-divisor for hf"),
+        ({"to": "mp_rank", "optimizer_form": "plain"}, "got --optimizer-form plain, and no optimizer's state goes"),
+        ({"to": "mp_rank", "tp": 3}, "got --tp 3 for 2 key-value heads"),
         ({"to": "torch_dist", "bos_token_id": 133}, "got bos_token_id 133, expected an id below 133"),
         ({"to": "torch_dist", "eos_token_id": [2, 500]}, "got eos_token_id 500, expected an id below 133"),
         (
@@ -228,12 +230,16 @@ def test_an_interrupted_conversion_goes_on(make_model, tmp_path: Path) -> None:
         assert 0 < convert(start, tmp_path / "out", to)["resumed"] < 30
         verify(start, tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
-    # What is left of another conversion is not gone on with, even where its files have the same names.
+    # What is left of another conversion is not gone on with, even where its files have the same names, nor lost.
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", "torch_dist", on_progress=stop)
-    (tmp_path / ".out.partial" / ".metadata").write_text("half")
+        convert(source, tmp_path / "out", "torch_dist", workers=1, on_progress=stop)
+    with pytest.raises(CheckpointError, match="holds an unfinished conversion to .*, not this one"):
+        convert(source, tmp_path / "out", "torch_dist", dtype="bfloat16")
+    assert convert(source, tmp_path / "out", "torch_dist")["resumed"] > 0
+    shutil.rmtree(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", "torch_dist", dtype="bfloat16", workers=1, on_progress=stop)
+    (tmp_path / ".out.partial" / ".metadata").write_text("half")
     whole = convert(source, tmp_path / "whole", "torch_dist", dtype="bfloat16")
     gone_on = convert(source, tmp_path / "out", "torch_dist", dtype="bfloat16")
     assert whole["resumed"] == 0 < gone_on["resumed"]

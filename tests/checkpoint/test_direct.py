@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_cpt.checkpoint import direct
-from megatron_cpt.checkpoint.direct import MIN_DIRECT_BYTES, PAGE, write_through
+from megatron_cpt.checkpoint.direct import MIN_DIRECT_BYTES, PAGE, write_past_cache
 from megatron_cpt.checkpoint.files import new_tensor
 from megatron_cpt.checkpoint.reader import raw_bytes
 
@@ -28,7 +30,7 @@ def random_view(size: int, shift: int) -> memoryview:
 def check(path: Path, offset: int, size: int, shift: int) -> None:
     before, view = bytes(random_view(SIZE, 0)), random_view(size, shift)
     path.write_bytes(before)
-    write_through(path, offset, view)
+    write_past_cache(path, offset, view)
     assert path.read_bytes() == before[:offset] + bytes(view) + before[offset + size :]
 
 
@@ -55,14 +57,17 @@ def test_whole_pages_do_not_go_through_the_cache(tmp_path: Path, monkeypatch: py
     assert len(opened) == 1
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("where", ["open", "pwrite", "nowhere"])
-def test_a_file_system_without_direct_writes(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_direct_writes(
+    where: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = {"open": os.open, "pwrite": os.pwrite}
     direct_ones: set[int] = set()
 
     def opened(path: Path, flags: int, *more: int) -> int:
         if flags & direct._FLAG and where == "open":
-            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+            raise OSError(number, os.strerror(number), str(path))
         descriptor = plain["open"](path, flags, *more)
         (direct_ones.add if flags & direct._FLAG else direct_ones.discard)(descriptor)
         return descriptor
@@ -70,7 +75,7 @@ def test_a_file_system_without_direct_writes(where: str, tmp_path: Path, monkeyp
     def written(descriptor: int, view: memoryview, offset: int) -> int:
         if descriptor in direct_ones and where == "pwrite":
             direct_ones.remove(descriptor)  # its number will be that of another file
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(number, os.strerror(number))
         return plain["pwrite"](descriptor, view, offset)
 
     monkeypatch.setattr(os, "open", opened)
@@ -101,5 +106,23 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     (tmp_path / "file").write_bytes(bytes(SIZE))
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_through(tmp_path / "file", 0, random_view(MIN_DIRECT_BYTES, 0))
+    for size in (1, MIN_DIRECT_BYTES):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write_past_cache(tmp_path / "file", 0, random_view(size, 0))
+        assert caught.value.filename == str(tmp_path / "file")
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="wrote nothing"):
+        write_past_cache(tmp_path / "file", 0, random_view(MIN_DIRECT_BYTES, 0))
+
+
+def test_neighbours_that_are_written_at_once(tmp_path: Path) -> None:
+    """Runs that share pages at their borders, by several threads."""
+    borders = [0, 131_072 + 17, 300_001, 700_000, 1_048_576, 1_400_007, 1_900_000 + 3, SIZE * 2]
+    path, expected = tmp_path / "file", bytes(random_view(SIZE * 2, 0))
+    for _ in range(5):
+        path.write_bytes(bytes(SIZE * 2))
+        with ThreadPoolExecutor(7) as pool:
+            for begin, end in itertools.pairwise(borders):
+                pool.submit(write_past_cache, path, begin, memoryview(bytearray(expected[begin:end])))
+        os.sync()
+        assert path.read_bytes() == expected

@@ -141,7 +141,7 @@ def test_megatrons_arguments_say_what_it_is(legacy: Path, tmp_path: Path) -> Non
             value["model"]["decoder.layers.0.self_attention._extra_state"] = None
             value["rng_state"] = [{"random": (3, (1, 2), None)}]
             save(value, legacy, tensor, stage)
-    with pytest.raises(CheckpointError, match="stores 144 rows .* says None of how many .* --vocab-size"):
+    with pytest.raises(CheckpointError, match="stores 144 rows .* says nothing of how many .* --vocab-size"):
         open_checkpoint(legacy)
     convert(legacy, tmp_path / "told", "hf", hints=Hints(vocab_size=133))
     verify(tmp_path / "hf", tmp_path / "told")
@@ -225,7 +225,7 @@ def test_what_is_damaged_or_mixed_up_is_refused(legacy: Path, make_model, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tp": 3}, "2 key-value heads and a tensor-parallel size of 3"),
+        ({"tp": 3}, "got --tp 3 for 2 key-value heads"),
         ({"tp": 16}, "attention heads 8 to be cut into 16"),
         ({"pp": 2}, "layers 3 to be cut into 2"),
         ({"vpp": 2}, "virtual stages with a pipeline"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cpt.checkpoint import Hints, convert, open_hf, verify
+from megatron_cpt.checkpoint import Hints, convert, open_checkpoint, open_hf, verify
 from megatron_cpt.checkpoint import execute as executing
-from megatron_cpt.errors import CheckpointError, ConfigError
+from megatron_cpt.checkpoint.seal import seal_files
+from megatron_cpt.config.manifest import write_sealed_manifest
+from megatron_cpt.errors import CheckpointError, ConfigError, VerificationError
 from megatron_cpt.runtime.lock import lock_folder
 
 
@@ -27,6 +30,11 @@ def interrupt(*arguments, **named) -> None:
         convert(*arguments, **named, workers=1, on_progress=halfway)
 
 
+def refused(*arguments, **named) -> None:
+    with pytest.raises(CheckpointError, match="holds an unfinished conversion to .*, not this one"):
+        convert(*arguments, **named)
+
+
 def same(one: Path, other: Path) -> bool:
     first, second = open_hf(one), open_hf(other)
     return all(torch.equal(first.read(name), second.read(name)) for name in first.names())
@@ -37,8 +45,9 @@ def test_another_model_in_files_of_the_same_size_and_time(make_model, tmp_path: 
         for path in make_model(tmp_path / name, seed=seed).iterdir():
             os.utime(path, ns=(0, 0))  # as an archive with fixed times is unpacked
     interrupt(tmp_path / "a", tmp_path / "out", "torch_dist")
-    assert convert(tmp_path / "b", tmp_path / "out", "torch_dist")["resumed"] == 0
-    verify(tmp_path / "b", tmp_path / "out")
+    refused(tmp_path / "b", tmp_path / "out", "torch_dist")
+    assert convert(tmp_path / "a", tmp_path / "out", "torch_dist")["resumed"] > 0
+    verify(tmp_path / "a", tmp_path / "out")
 
 
 def test_another_description_of_the_same_files(make_model, tmp_path: Path) -> None:
@@ -47,9 +56,56 @@ def test_another_description_of_the_same_files(make_model, tmp_path: Path) -> No
     wrong = make_model(tmp_path / "wrong", num_attention_heads=8, num_query_groups=4, head_dim=4)
     convert(right, tmp_path / "legacy", "mp_rank")
     (tmp_path / "legacy" / "manifest.json").unlink()
+    for rank in (tmp_path / "legacy").rglob("model_optim_rng.pt"):
+        torch.save(torch.load(rank, weights_only=False) | {"args": None}, rank)  # else they say how many heads
     interrupt(tmp_path / "legacy", tmp_path / "out", "hf", hints=Hints(config=wrong))
-    facts = convert(tmp_path / "legacy", tmp_path / "out", "hf", hints=Hints(config=right))
-    assert facts["resumed"] == 0 and same(right, tmp_path / "out")
+    refused(tmp_path / "legacy", tmp_path / "out", "hf", hints=Hints(config=right))
+    shutil.rmtree(tmp_path / ".out.partial")
+    convert(tmp_path / "legacy", tmp_path / "out", "hf", hints=Hints(config=right))
+    assert same(right, tmp_path / "out")
+
+
+def test_files_of_somebody_else_in_its_place(make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf")
+    (tmp_path / ".out.partial").mkdir()
+    convert(source, tmp_path / "out", "torch_dist")  # empty, as a process killed at once leaves it
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds files of something else, not this one"):
+        convert(source, tmp_path / "new", "torch_dist")
+    assert (tmp_path / ".new.partial" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("to", ["torch_dist", "mp_rank"])
+def test_padding_of_a_file_that_was_left_is_not_believed(to: str, make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf")
+    convert(source, tmp_path / "undisturbed", to)
+    interrupt(source, tmp_path / "out", to)
+    for path in (tmp_path / ".out.partial").rglob("*"):
+        if path.suffix in (".pt", ".distcp"):
+            path.write_bytes(b"?" * path.stat().st_size)  # as blocks of a disk that lost power may hold
+    convert(source, tmp_path / "out", to)
+    verify(source, tmp_path / "out")
+    for path in (tmp_path / "undisturbed").rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "undisturbed")).read_bytes()
+
+
+def test_padding_that_is_not_zero_is_no_result_of_a_conversion(make_model, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf")
+    convert(source, tmp_path / "out", "torch_dist")
+    model = open_checkpoint(tmp_path / "out")
+    at = model.padding["lm_head.weight"].runs[0]
+    with open(tmp_path / "out" / at.file, "r+b") as file:
+        file.seek(at.offset)
+        file.write(b"?" * 4)
+    manifest = tmp_path / "out" / "manifest.json"
+    fields = json.loads(manifest.read_text()) | {"files": seal_files(tmp_path / "out", model)}
+    for name in ("kind", "inputs", "megatron_cpt", "manifest_sha256"):
+        fields.pop(name)
+    write_sealed_manifest(manifest, "checkpoint", {}, **fields)  # else the seals tell of any change
+    with pytest.raises(VerificationError, match=r"padding rows of lm_head.weight are not zero"):
+        verify(source, tmp_path / "out")
 
 
 def test_a_second_process_is_turned_away_and_takes_nothing(make_model, tmp_path: Path) -> None:
