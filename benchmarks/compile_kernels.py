@@ -7,6 +7,8 @@ have, a matrix kernel on sm_90 without asynchronous products (HGMMA), a streamin
     python benchmarks/compile_kernels.py                    for sm_90; compare with results/compile_sm90.csv
     python benchmarks/compile_kernels.py --arch 80 90 100   also for other GPUs, each with a table of its own
     python benchmarks/compile_kernels.py --write            replace the rows of this Triton version in the tables
+    python benchmarks/compile_kernels.py --changed          take a row from the table where it was made from the very
+                                                            same source and settings, but for one in eight
 
 The rows of another Triton version stay as they are. Two rows of one case and one version differ only where the
 kernel or its settings have changed.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib
 import os
 import pkgutil
@@ -30,6 +33,8 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = ("case", "kind", "arch", "triton", "registers", "stack", "shared", "hgmma", "hmma", "load128", "async128")
+COLUMNS += ("inputs",)  # a hash of what was compiled
+_ALWAYS = 8  # with --changed, one case in so many is compiled although nothing of it has changed
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
@@ -72,8 +77,19 @@ def compile_case(case: Any, arch: int) -> dict[str, str]:
         "hmma": len(re.findall(r"\bHMMA\b", code)),
         "load128": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", code)),
         "async128": len(re.findall(r"\bLDGSTS\.E(?:\.\w+)*\.128|\bUTMALDG", code)),
+        "inputs": inputs_of(case, arch),
     }
     return {name: str(value) for name, value in values.items()}
+
+
+def inputs_of(case: Any, arch: int) -> str:
+    """Returns a hash of all that decides the machine code of a case: the same inputs give the same code."""
+    import triton
+
+    settings = [dict(sorted(each.items())) for each in (case.signature, case.constexprs, case.options)]
+    # Triton's key of a function: its source, and that of what it calls.
+    told = (triton.__version__, arch, case.kind, case.function.cache_key, settings)
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def _disassemble(cubin: bytes, tools: Path) -> tuple[str, str]:
@@ -148,8 +164,9 @@ def differences(rows: list[dict[str, str]]) -> list[str]:
                 found.append(f"{case} is in {name} and is no case")
             elif made[case] != committed[case]:
                 old, new = committed[case], made[case]
-                changed = [f"{key} {old[key]} -> {new[key]}" for key in COLUMNS if old[key] != new[key]]
-                found.append(f"{case} on {arch}: {', '.join(changed)}")
+                # Another source may well compile to the same code.
+                changed = [f"{key} {old[key]} -> {new[key]}" for key in COLUMNS[:-1] if old[key] != new[key]]
+                found += [f"{case} on {arch}: {', '.join(changed)}"] if changed else []
     return found
 
 
@@ -157,13 +174,18 @@ def _row_of(position: int, arch: int) -> dict[str, str]:
     return compile_case(list(cases())[position], arch)
 
 
-def compile_all(archs: list[int], processes: int) -> list[dict[str, str]]:
-    """Returns the rows of all cases on all architectures."""
-    wanted = [(position, arch) for arch in archs for position, case in enumerate(cases()) if arch in case.archs]
-    if processes == 1:
-        return [_row_of(*pair) for pair in wanted]
+def compile_all(archs: list[int], processes: int, changed: bool = False) -> list[dict[str, str]]:
+    """Returns the rows of all cases on all architectures; with `changed`, those of the table where they still hold."""
+    rows: dict[tuple[int, int], dict[str, str] | None] = {}
+    for arch in archs:
+        made = {(row["case"], row["inputs"]): row for row in read_table(f"sm_{arch}")} if changed else {}
+        for position, case in enumerate(cases()):
+            if arch in case.archs:
+                rows[position, arch] = made.get((case.name, inputs_of(case, arch))) if position % _ALWAYS else None
+    missing = [pair for pair, row in rows.items() if row is None]
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(_row_of, *zip(*wanted, strict=True)))
+        rows |= zip(missing, pool.map(_row_of, *zip(*missing, strict=True)), strict=True)
+    return [row for row in rows.values() if row is not None]
 
 
 def main() -> int:
@@ -171,11 +193,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", type=int, default=[90], choices=sorted(SHARED_BYTES))
     parser.add_argument("--write", action="store_true", help="replace the committed rows of this Triton version")
+    parser.add_argument("--changed", action="store_true", help="compile what the committed table was not made from")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     # Interpreted kernels cannot be compiled; Triton reads the variable when a kernel's module is imported.
     os.environ.pop("TRITON_INTERPRET", None)
-    rows = compile_all(arguments.arch, arguments.processes)
+    rows = compile_all(arguments.arch, arguments.processes, arguments.changed)
     writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
