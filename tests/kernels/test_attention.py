@@ -194,8 +194,11 @@ def test_numbers_out_of_their_range_are_refused() -> None:
     for scale in (0.0, -1.0, torch.nan):
         with pytest.raises(ValueError, match="got scale"):
             attention(query, key, value, boundaries, scale=scale)
-    with pytest.raises(ValueError, match="got window -1"):
-        attention(query, key, value, boundaries, scale=1.0, window=-1)
+    for window in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"got window {window}"):
+            attention(query, key, value, boundaries, scale=1.0, window=window)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got cu_seqlens as list; .*give torch.tensor"):
+        attention(query, key, value, [0, 10], scale=1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected one dtype"):
         attention(query, key.double(), value, boundaries, scale=1.0)
 

@@ -55,6 +55,15 @@ def test_documents_of_one_length_go_to_torch_and_others_to_triton(gpu: Callable[
     assert _decide(PACKED).implementation == "triton"
 
 
+def test_a_window_over_all_tokens_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(dispatch, "choose", lambda *_, window, **__: seen.append(window) or (lambda *x: x[0]))
+    query = torch.zeros(10, 1, 8)
+    for window in (None, 8, 9, 2**40):
+        attention(query, query, query, torch.tensor(SINGLE), scale=1.0, window=window)
+    assert seen == [None, 8, None, None]
+
+
 def test_what_torch_refuses_goes_to_triton_with_the_reason(gpu: Callable[..., None]) -> None:
     gpu(cudnn=False, flash=False)
     choice = _decide(SINGLE)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -84,6 +85,14 @@ def test_values_and_gradients(heads: int, groups: int, dtype: torch.dtype, alloc
 def test_a_sliding_window(window: int) -> None:
     lengths = [1, 7, 64, 107]
     _compare(_tensors(sum(lengths), 1, 1, 16, torch.bfloat16), lengths, window)
+
+
+@pytest.mark.usefixtures("allocations", "small_blocks")
+def test_a_window_that_reaches_over_all_is_none() -> None:
+    lengths = [3, 37]
+    tensors = _tensors(40, 1, 1, 16)
+    whole, got = (_run(_ours, tensors, lengths, window) for window in (None, np.int32(2**31 - 1)))
+    assert all(torch.equal(one, other) for one, other in zip(got, whole, strict=True))
 
 
 def test_a_window_of_none_before_leaves_each_token_its_own_value() -> None:

@@ -5,6 +5,7 @@ Shape letters: N tokens of all documents, H query heads, G key-value groups (H a
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -71,15 +72,17 @@ def attention(
         cu_seqlens: the document starts and then N: 0 = c[0] <= c[1] <= ... = N, integers. Keep it on the host
             (CPU tensor or NumPy array): its values are read there, which on a device tensor waits for the device.
         scale: factor of the logits, as K ** -0.5; > 0.
-        window: how many tokens before its own a token sees, >= 0; None for all of its document. What Hugging Face
-            calls a sliding window of w tokens counts the token itself: window = w - 1.
+        window: how many tokens before its own a token sees, an integer >= 0; None for all of its document, and one
+            that reaches over all N tokens is taken as None. What Hugging Face calls a sliding window of w tokens
+            counts the token itself: window = w - 1.
         implementation: "auto", or the name of one: "cudnn", "flash", "triton", "torch".
 
     Returns:
         [N, H, K] in the dtype of the query.
 
     Raises:
-        ValueError: shapes, dtypes or boundaries do not belong together; `scale` or `window` is out of its range.
+        ValueError: shapes, dtypes or boundaries do not belong together; `scale` or `window` is out of its range;
+            `cu_seqlens` is a list.
         KernelUnsupported: the named implementation cannot run here.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1; grouped heads: Ainslie et al.,
@@ -98,8 +101,12 @@ def attention(
         raise ValueError(f"{OP}: got query, key, value in {dtypes}; expected one dtype, cast two of them")
     if not scale > 0:
         raise ValueError(f"{OP}: got scale {scale}; expected a number above 0, as K ** -0.5")
-    if window is not None and window < 0:
-        raise ValueError(f"{OP}: got window {window}; expected the number of tokens before its own that a token sees")
+    if not hasattr(cu_seqlens, "tolist"):
+        raise ValueError(
+            f"{OP}: got cu_seqlens as {type(cu_seqlens).__name__}; expected a torch tensor on the host or a NumPy "
+            "array: give torch.tensor(cu_seqlens, dtype=torch.int32)"
+        )
+    window = _window_within(num_tokens, window)
     # What torch.compile makes of a call serves later batches too, of whatever lengths their documents are.
     documents = (
         {"one_length": False}
@@ -117,3 +124,19 @@ def attention(
     )
     result: Tensor = function(query_NHK, key_NGK, value_NGK, cu_seqlens, scale, window)
     return result
+
+
+def _window_within(num_tokens: int, window: int | None) -> int | None:
+    """Returns the window as a Python integer, or None where it hides nothing.
+
+    What is left is less than N, so that kernels may add it to a row's number in int32.
+    """
+    if window is None:
+        return None
+    try:
+        tokens = operator.index(window)
+    except TypeError:
+        tokens = -1
+    if tokens < 0:
+        raise ValueError(f"{OP}: got window {window}; expected the number of tokens before its own that a token sees")
+    return tokens if tokens < num_tokens - 1 else None
