@@ -43,8 +43,8 @@ def launch_forward(
     normed = hidden.new_empty(hidden.shape)
     total = hidden.new_empty(hidden.shape if residual is not None else (0,))
     inverse_N = hidden.new_empty(num_tokens, dtype=torch.float32)
-    launch = kernels.FORWARD.choose(hidden.device.type, hidden_size)
-    if num_tokens:
+    if hidden.numel():
+        launch = kernels.FORWARD.choose(hidden.device.type, hidden_size)
         kernels.rms_norm_forward[(triton.cdiv(num_tokens, launch.blocks["BLOCK_N"]),)](
             hidden_ND,
             residual_ND,
