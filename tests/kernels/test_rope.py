@@ -142,6 +142,15 @@ def test_many_blocks_of_heads() -> None:
     assert all(torch.equal(one, other) for one, other in zip(small, whole, strict=True))
 
 
+def test_heads_further_apart_than_int32_counts() -> None:
+    step = 2**30 + 8  # the third head begins beyond 2^31 elements; what lies between the heads is never touched
+    query = torch.empty(2 * step + 8, dtype=torch.bfloat16).as_strided((1, 3, 8), (8, step, 1))
+    query.copy_(_heads(1, 3, 8))
+    key, table = _heads(1, 1, 8, dtype=torch.bfloat16), _table(1, 4)
+    far, near = (rope(x, key, *table, implementation="triton")[0] for x in (query, query.contiguous()))
+    assert torch.equal(far, near)
+
+
 def test_positions_begin_anew_with_each_document() -> None:
     assert document_positions(torch.tensor([0, 3, 3, 4, 6], dtype=torch.int32)).tolist() == [0, 1, 2, 0, 0, 1]
     assert document_positions(torch.tensor([0])).tolist() == []

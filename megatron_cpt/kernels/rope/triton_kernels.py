@@ -46,7 +46,8 @@ def _rotate_heads(
     heads = first_head + tl.arange(0, BLOCK_H)
     columns = tl.arange(0, BLOCK_R)[None, :]
     mask = (heads < num_heads)[:, None] & (columns < pairs)
-    group, head = heads // heads_per_group, heads % heads_per_group
+    # The heads of a token may lie further apart in a view than int32 counts.
+    group, head = (heads // heads_per_group).to(tl.int64), (heads % heads_per_group).to(tl.int64)
     in_pointers = in_ptr + (group * in_group_stride + head * in_head_stride)[:, None] + columns
     out_pointers = out_ptr + (group * out_group_stride + head * out_head_stride)[:, None] + columns
     first = tl.load(in_pointers, mask=mask, other=0.0).to(tl.float32)
