@@ -10,7 +10,7 @@ import typer
 from megatron_cpt.cli.console import JsonOption, SetOption, emit
 from megatron_cpt.config.loading import Resolved, load_any_config
 from megatron_cpt.config.schema import LearnConfig, LlamaShape, RunConfig, TrainConfig, TrainDataConfig
-from megatron_cpt.errors import ConfigError
+from megatron_cpt.errors import ConfigError, KernelUnsupported
 
 app = typer.Typer(help="Show what a configuration means.")
 
@@ -45,8 +45,9 @@ def describe(
         is not there yet, each with `what`, `path` and `make`, the command that makes it.
 
     Raises:
-        ConfigError: an impossible layout; DataError: an order that cannot be; CheckpointError, TokenizerError: a
-            model or tokenizer that the configuration names cannot be read.
+        ConfigError: an impossible layout; KernelUnsupported: a named kernel that cannot run on this machine;
+            DataError: an order that cannot be; CheckpointError, TokenizerError: a model or tokenizer that the
+            configuration names cannot be read.
     """
     config = resolved.config
     jobs = _plan_run(config) if isinstance(config, RunConfig) else {"train": _plan_train(config, nproc, is_early)}
@@ -60,7 +61,7 @@ def _plan_run(config: RunConfig) -> dict[str, Any]:
     if base.path is None:
         assert base.shape is not None and base.train is not None  # a rule of the configuration
         shape = base.shape
-        jobs["base"] = _plan_learn("base.train", base.train, shape, vocab_size, config.vocab_divisor)
+        jobs["base"] = plan_learn("base.train", base.train, shape, vocab_size, config.vocab_divisor)
     else:
         shape, vocab_size = _read_model(base.path)
     if config.tokenizer.method == "extend":
@@ -69,31 +70,42 @@ def _plan_run(config: RunConfig) -> dict[str, Any]:
         vocab_size = (vocab_size + config.tokenizer.num_pieces) // divisor * divisor
     elif config.tokenizer.method == "replace":
         vocab_size = config.tokenizer.vocab_size or vocab_size
-    jobs["adapt"] = _plan_learn("train", config.train, shape, vocab_size, config.vocab_divisor)
+    jobs["adapt"] = plan_learn("train", config.train, shape, vocab_size, config.vocab_divisor)
     if config.train.stages:
         data = config.training_data(os.path.join(config.output, "shards"))
         jobs["adapt"] |= _forecast(data, config.train, config.seed)
     return jobs
 
 
-def _plan_learn(
+def plan_learn(
     section: str, learn: LearnConfig, shape: LlamaShape, vocab_size: int, vocab_divisor: int
 ) -> dict[str, Any]:
+    """The plan of one training job of a run, whose settings stand in `section`.
+
+    Raises:
+        ConfigError: an impossible layout; KernelUnsupported: a named kernel that cannot run here.
+    """
+    from megatron_cpt.model.kernels import refuse_kernels
     from megatron_cpt.planning import plan_job
 
     try:
+        refuse_kernels(learn.kernels, learn.precision, shape.head_dim)
         return plan_job(learn, shape, vocab_size, vocab_divisor, learn.num_processes)
     except ConfigError as caught:
         raise ConfigError(f"{section}: {caught}") from None
+    except KernelUnsupported as caught:
+        raise KernelUnsupported(f"{section}.{caught}") from None
 
 
 def _plan_train(config: TrainConfig, nproc: int | None, is_early: bool) -> dict[str, Any]:
+    from megatron_cpt.model.kernels import refuse_kernels
     from megatron_cpt.planning import count_tokens
     from megatron_cpt.tokenizer import load_tokenizer
 
     if nproc is None:
         _world_size(1)  # a variable that is no number is refused, whatever else is there
     missing = _missing(config)
+    refuse_kernels(config.kernels, config.precision, config.shape.head_dim if config.shape else None)
     if is_early and any(each["what"] in ("tokenizer", "base") for each in missing):
         unknown = ("layout", "vocabulary", "parameters", "flops_per_token", "memory")
         job: dict[str, Any] = {**dict.fromkeys(unknown), "tokens": count_tokens(config)}
@@ -105,6 +117,7 @@ def _plan_train(config: TrainConfig, nproc: int | None, is_early: bool) -> dict[
 
 
 def _plan_model(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
+    from megatron_cpt.model.kernels import refuse_kernels
     from megatron_cpt.planning import plan_job
     from megatron_cpt.tokenizer import load_tokenizer
 
@@ -113,6 +126,7 @@ def _plan_model(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
     else:
         assert config.initial_checkpoint is not None  # a rule of the configuration
         shape, _ = _read_model(config.initial_checkpoint)
+        refuse_kernels(config.kernels, config.precision, shape.head_dim)
     parallel = config.parallel
     one_copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     world_size = nproc or _world_size(one_copy)

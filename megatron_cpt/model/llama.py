@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_cpt.config.schema import KernelConfig, LlamaShape, LossConfig, ParallelConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.kernels import LinearCrossEntropy, dispatch, linear_cross_entropy, rotary_table
+from megatron_cpt.kernels import LinearCrossEntropy, linear_cross_entropy, rotary_table
 from megatron_cpt.model.layers import PackedAttention, PackedDocuments, RMSNorm, RotatedSelfAttention, SwiGLU
 from megatron_cpt.planning.layout import Layout
 from megatron_cpt.runtime.device import current_device
@@ -180,26 +180,6 @@ def engine_config(
         vocab_size=vocab_size,
         parameter_device=current_device().torch_device(),
     )
-
-
-def kernel_choices(config: LlamaEngineConfig) -> list[dispatch.Choice]:
-    """Returns which implementation each op of the model uses, and the reasons against those before it.
-
-    Raises:
-        KernelUnsupported: a named implementation cannot run here.
-    """
-    facts = {"device": config.parameter_device.type, "dtype": config.params_dtype, "head_size": config.kv_channels}
-    named = {
-        "attention": config.attention_implementation,
-        "linear_cross_entropy": config.cross_entropy_implementation,
-        "rms_norm": config.norm_implementation,
-        "rope": config.rope_implementation,
-        "swiglu": config.swiglu_implementation,
-    }
-    if config.attention_implementation == dispatch.AUTO:
-        # Asked again for each batch; packed documents differ in length, but for a batch now and then.
-        facts["one_length"] = False
-    return [dispatch.decide(op, implementation, **facts) for op, implementation in named.items()]
 
 
 def build_model(config: LlamaEngineConfig, shape: LlamaShape, padded_vocab_size: int, mesh: Mesh) -> list[LlamaModel]:

@@ -15,6 +15,7 @@ from megatron_cpt.checkpoint.torch_dist import holds_optimizer
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
 from megatron_cpt.data import IndexedDataset, SamplePlan, open_plan, open_windows, scored_bytes
 from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.model.kernels import refuse_kernels
 from megatron_cpt.planning.layout import Layout, check_layout
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,10 +39,11 @@ def read_inputs(config: TrainConfig, world_size: int) -> Inputs:
         world_size: number of ranks.
 
     Raises:
-        InputError: something is missing, damaged, or does not belong together.
+        InputError: something is missing, damaged, or does not belong together, or a named kernel cannot run here.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     shape = _shape(config, tokenizer)
+    refuse_kernels(config.kernels, config.precision, shape.head_dim)
     length = config.batch.seq_length
     layout = check_layout(shape, tokenizer.vocab_size, config.vocab_divisor, config.parallel, config.batch, world_size)
     plan = open_plan(config.data, length, config.seed)

@@ -18,7 +18,8 @@ from megatron_cpt.config.manifest import write_json_atomic
 from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.data import Batch, IndexedDataset, Loader, open_windows, validation_batch
 from megatron_cpt.errors import InputError, TrainingError
-from megatron_cpt.model.llama import build_model, engine_config, kernel_choices
+from megatron_cpt.model.kernels import kernel_choices
+from megatron_cpt.model.llama import build_model, engine_config
 from megatron_cpt.planning.flops import flops_per_token
 from megatron_cpt.planning.parameters import count_parameters
 from megatron_cpt.runtime.device import current_device
@@ -67,7 +68,7 @@ class Trainer:
         self.engine = engine_config(
             inputs.shape, self.vocab_size, layout, config.parallel, config.kernels, config.precision, config.loss
         )
-        self.kernel_choices = kernel_choices(self.engine)
+        self.kernel_choices = kernel_choices(config.kernels, config.precision, inputs.shape.head_dim)
         chunks = build_model(self.engine, inputs.shape, layout.padded_vocab_size, mesh)
         self.model = [self._distribute(chunk, index) for index, chunk in enumerate(chunks)]
         self.optimizer = build_optimizer(config.optimizer, self.model, config.precision)

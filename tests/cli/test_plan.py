@@ -42,6 +42,27 @@ def test_samples_longer_than_the_base_can_read(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("verb", [["plan"], ["run", "--dry-run"], ["run"]])
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("train.kernels.norm=triton", "train.kernels.norm: rms_norm: 'triton' cannot run here: "),
+        ("base.train.kernels.attention=cudnn", "base.train.kernels.attention: attention: 'cudnn' cannot run here: "),
+    ],
+)
+def test_kernels_that_cannot_run(
+    setting: str, told: str, verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("MEGATRON_CPT_DEVICE", "cpu")
+    run = tmp_path / "run"
+    assert main([verb[0], "quickstart", *verb[1:], "--set", f"output={run}", "--set", setting]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {told}") and not printed.out and not run.exists()
+    assert "use 'auto' to let the op choose" in printed.err
+
+
 def test_texts_that_are_not_there(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The dry run of `run` looks for them; `plan` needs no data."""
     there, missing = tmp_path / "there.txt", tmp_path / "missing.txt"

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_cpt.config.schema import KernelConfig
 from megatron_cpt.errors import KernelUnsupported
 from megatron_cpt.kernels import attention, dispatch
 from megatron_cpt.kernels.attention import torch_backends
+from megatron_cpt.model.kernels import kernel_choices
+from megatron_cpt.runtime import device
 
 PACKED, EQUAL, SINGLE = [0, 3, 10], [0, 5, 5, 10], [0, 10]
 
@@ -53,6 +56,17 @@ def test_documents_of_one_length_go_to_torch_and_others_to_triton(gpu: Callable[
     choice = _decide(SINGLE)
     assert choice.implementation == "flash" and "this GPU has 8.0" in choice.obstacles["cudnn"]
     assert _decide(PACKED).implementation == "triton"
+
+
+def test_a_job_is_refused_what_serves_documents_of_one_length(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu()
+    monkeypatch.setattr(device, "current_device", lambda: device.Device("cuda", "a GPU", "nccl", None, None))
+    assert kernel_choices(KernelConfig(), "bf16", 8)[0].implementation == "triton"
+    for name in ("cudnn", "flash"):
+        with pytest.raises(KernelUnsupported, match=rf"^kernels.attention: .*'{name}'.* packed batch differ"):
+            kernel_choices(KernelConfig(attention=name), "bf16", 8)
 
 
 def test_a_window_over_all_tokens_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:

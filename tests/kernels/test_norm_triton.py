@@ -41,7 +41,9 @@ def _tokens(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(37, 24), (3, 5, 7), (61, 1), (2, 1, 4096), (5, 8192), (2, 9000), (0, 8), (3, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(37, 24), (3, 5, 7), (61, 1), (2, 1, 4096), (5, 8192), (2, 9000), (0, 8), (3, 0)], ids=str
+)
 def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, allocations: list[Guard]) -> None:
     hidden, weight, grad = (_tokens(*size, dtype=dtype) for size in (shape, shape[-1:], shape))
     assert_accurate_and_confined(_ours, _plain, (hidden, weight), (grad,))

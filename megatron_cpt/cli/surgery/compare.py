@@ -44,17 +44,16 @@ def compare(
 
 def _plan(resolved: Resolved[ComparisonConfig]) -> dict[str, Any]:
     """Steps and tokens of every arm and of what they share, and the layouts of the jobs."""
-    from megatron_cpt.cli.plan import describe
+    from megatron_cpt.cli.plan import describe, plan_learn
     from megatron_cpt.config.comparison import describe_arm, run_with_seed
-    from megatron_cpt.planning import plan_job
 
     config = resolved.config
     jobs = describe(run_with_seed(config, config.seed))["jobs"]
     tokens = {"base": jobs["base"]["tokens"]["total"] if "base" in jobs else 0, "helper": 0}
     if config.helper is not None and any(map(config.wants_helper, config.arms)):
         vocab_size = jobs["adapt"]["vocabulary"]["vocab_size"]
-        learn = config.helper.train
-        jobs["helper"] = plan_job(learn, config.helper.shape, vocab_size, config.vocab_divisor, learn.num_processes)
+        helper = config.helper
+        jobs["helper"] = plan_learn("helper.train", helper.train, helper.shape, vocab_size, config.vocab_divisor)
         tokens["helper"] = jobs["helper"]["tokens"]["total"]
     arms = {}
     for name in config.arms:
