@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_cpt.kernels.cross_entropy import library, linear_cross_entropy, torch_rows
-from megatron_cpt.kernels.cross_entropy.plan import decode
+from tests.kernels.cross_entropy_cases import uncounted
 
 # What lies in the padding of a row is computed too and dropped.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -287,25 +288,47 @@ def test_a_count_of_scored_tokens_that_is_wrong_gives_nan() -> None:
 @pytest.mark.parametrize("budget_bytes", [1 << 20, 4 * 64 * 9], ids=["whole", "chunks"])
 @pytest.mark.usefixtures("triton")
 def test_ignored_tokens_of_unknown_number_are_computed_and_count_for_nothing(
-    budget_bytes: int, reduction: Any, implementation: str, monkeypatch: pytest.MonkeyPatch
+    budget_bytes: int, reduction: Any, implementation: str
 ) -> None:
     """As on a device that is not waited for."""
     labels = _labels(40)
     inputs = torch.randn(NUM_TOKENS, HIDDEN), torch.randn(40, HIDDEN), torch.randn(NUM_TOKENS)
     options = {"vocab_size": 40, "reduction": reduction, "budget_bytes": budget_bytes, "label_smoothing": 0.1}
     found = []
-    run = library.run
-    for known in (True, False):
-        if not known:
-            forget = lambda *x: run(*x[:-1], decode(x[-1])._replace(num_scored=-1).encode())  # noqa: E731
-            monkeypatch.setattr(library, "run", forget)
+    for context in (nullcontext, uncounted):
         hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
-        result = linear_cross_entropy(hidden, weight, labels, implementation=implementation, **options)
+        with context():
+            result = linear_cross_entropy(hidden, weight, labels, implementation=implementation, **options)
         (result.loss * (inputs[2] if reduction == "none" else 1.0)).sum().backward()
         found.append([*(x.detach() for x in result), hidden.grad, weight.grad])
         assert not result.nats_N[labels == IGNORED].any() and not result.correct_N[labels == IGNORED].any()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("budget_bytes", [1 << 20, 4 * 64 * 2], ids=["whole", "chunks"])
+@pytest.mark.usefixtures("triton")
+def test_huge_logits_of_ignored_tokens_that_are_computed_leave_gradients_finite(
+    budget_bytes: int, reduction: Any, implementation: str
+) -> None:
+    """Logits of +-1e4, also where those of fp16 are infinite."""
+    inputs = torch.randn(6, HIDDEN).bfloat16(), torch.randn(40, HIDDEN).bfloat16()
+    labels = torch.tensor([1, IGNORED, 2, IGNORED, 39, 5])
+    options = {"vocab_size": 40, "reduction": reduction, "budget_bytes": budget_bytes, "z_loss": 1e-4}
+    for logits_dtype, scale in ((torch.bfloat16, 2e3), (torch.float16, 1e5)):
+        hidden, weight = inputs[0] * torch.where(labels == IGNORED, scale, 1.0).bfloat16()[:, None], inputs[1].clone()
+        found = []
+        for context in (nullcontext, uncounted):
+            leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            with context():
+                result = linear_cross_entropy(
+                    *(*leaves, labels), implementation=implementation, logits_dtype=logits_dtype, **options
+                )
+            found.append(torch.autograd.grad(result.loss.sum(), leaves))
+        torch.testing.assert_close(*found, rtol=2**-7, atol=1e-2)
+        assert not found[1][0][labels == IGNORED].any()
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])

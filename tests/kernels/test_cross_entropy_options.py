@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megatron_cpt.kernels.cross_entropy import linear_cross_entropy
-from tests.kernels.cross_entropy_cases import EVERYTHING, IGNORED, OPTIONS, Case
+from tests.kernels.cross_entropy_cases import EVERYTHING, IGNORED, OPTIONS, Case, uncounted
 from tests.kernels.guarded import Guard
 
 # What lies in the padding of a row is computed too and dropped.
@@ -51,6 +51,18 @@ def test_z_loss_softcap_and_weights_are_what_they_say() -> None:
         torch.testing.assert_close(found.loss, expected.masked_fill(case.labels == IGNORED, 0.0))
         expected_correct = (logits.argmax(-1) == case.labels) & (case.labels != IGNORED)
         assert torch.equal(found.correct_N, expected_correct)
+
+
+@BUDGETS
+@REDUCTIONS
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.usefixtures("triton")
+def test_everything_without_the_number_of_scored_tokens(
+    implementation: str, reduction: str, budget_rows: int | None
+) -> None:
+    case = Case(11, 70, torch.float32)
+    with uncounted():
+        case.check(implementation, budget_rows, reduction=reduction, token_weights_N=case.token_weights, **EVERYTHING)
 
 
 @OF_DTYPE

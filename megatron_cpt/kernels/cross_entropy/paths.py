@@ -113,7 +113,7 @@ def _with_gradients(rows: Rows, logits: Logits) -> tuple[Tensor, Tensor | None, 
     for part in parts:
         logits.write(tokens_SD[part])
         logits.statistics(rows.columns_S[part], statistics_KS[:, part])
-        lse_T = log_sum_exp(statistics_KS[:, part], rows.invalid_S[part])
+        lse_T = log_sum_exp(statistics_KS[:, part], rows.invalid_S[part]).masked_fill_(rows.ignored_S[part], 0.0)
         grad_TM = logits.gradient(rows.columns_S[part], lse_T, grad_S[part])
         if grad_SD is not None:
             torch.mm(grad_TM, logits.weight_MD, out=grad_SD[part])

@@ -1,7 +1,7 @@
 """What is done to a chunk's logits between its products, in plain torch: the twin of `triton_rows`.
 
 Both work in place on rows that a product has written, and both hold the same numbers. Here a few rows at a time are
-widened and worked on, so that they stay in a processor's cache and no second copy of the logits exists.
+widened and worked on: they stay in a processor's cache, and no second copy of the logits exists.
 
 Shape letters: T rows of a chunk, R of them at a time, M columns, K numbers a row.
 """
@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 8 << 20  # of widened logits worked on at a time
+# Of widened logits worked on at a time: what a processor's cache holds; elsewhere enough for a launch to be worth it.
+_BLOCK_BYTES = 8 << 20
+_DEVICE_BLOCK_BYTES = 256 << 20
 
 
 def statistics(logits_TM: Tensor, columns_T: Tensor, out_KT: Tensor, softcap: float) -> None:
@@ -60,7 +62,8 @@ def gradient(
             before it is written.
         columns_T: [T] int64, as `statistics` takes it.
         lse_T: [T], fp32 or float64: log-sum-exp over the whole vocabulary.
-        grad_T: [T], dtype of `lse_T`: gradient of each row's loss.
+        grad_T: [T], dtype of `lse_T`: gradient of each row's loss. Where it is 0 and `lse_T` is a number the row's
+            gradient is 0, whatever `lse_T` and the logits are.
         vocab_size: V, of all shards together.
         label_smoothing: e.
         z_loss: factor of lse ** 2 in the loss.
@@ -78,12 +81,14 @@ def gradient(
             grad_RM.sub_(label_smoothing / vocab_size)
         if softcap:
             grad_RM.mul_(1.0 - (wide_RM / softcap).square_())
-        out_TM[rows] = grad_RM.mul_(grad_T[rows].unsqueeze(1))
+        grad_R1 = grad_T[rows].unsqueeze(1)
+        out_TM[rows] = grad_RM.mul_(grad_R1).masked_fill_((grad_R1 == 0) & ~lse_R1.isnan(), 0.0)
 
 
 def _blocks(logits_TM: Tensor, wide: torch.dtype) -> Iterator[slice]:
     num_rows, num_columns = logits_TM.shape
-    block = max(_BLOCK_BYTES // (wide.itemsize * num_columns), 1)
+    block_bytes = _BLOCK_BYTES if logits_TM.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+    block = max(block_bytes // (wide.itemsize * num_columns), 1)
     return (slice(start, min(start + block, num_rows)) for start in range(0, num_rows, block))
 
 

@@ -132,6 +132,7 @@ def cross_entropy_gradient(
     other_share = tl.cast(other_share, tl.float32)
     lse = tl.load(lse_ptr + row)
     grad = tl.load(grad_ptr + row)
+    silent = (grad == 0.0) & (lse == lse)  # no gradient, however great the logits are; an invalid label stays NaN
     label = tl.load(columns_ptr + row)
     label = tl.where((label >= 0) & (label < num_columns), label, -1).to(tl.int32)
     factor = 1.0 + 2.0 * tl.cast(z_loss, tl.float32) * lse
@@ -145,9 +146,10 @@ def cross_entropy_gradient(
             logits, slope = _soft_capped(logits, softcap)
         share = tl.exp(logits - lse) * factor - other_share
         share = tl.where(columns == label, share - label_share, share) * slope
+        share = tl.where(silent, 0.0, share * grad)
         if NARROWER:
             tl.debug_barrier()
-        tl.store(out_ptr + columns, (share * grad).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + columns, share.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def compile_cases() -> Iterator[CompileCase]:
