@@ -82,14 +82,12 @@ def estimate_memory(
 
 
 def _logits_bytes(layout: Layout, kernels: KernelConfig, precision: Precision, tokens: int, hidden_size: int) -> int:
-    """The logits held at once; where a whole table's come in chunks, with the sum of the head's gradient over them."""
+    """The logits held at once: all, or a budget of them and the fp32 sum of the head's gradient if that is less."""
     of_weights = kernels.cross_entropy_logits == "model"
     element = WEIGHT_BYTES[precision] if of_weights else LOGIT_BYTES[kernels.cross_entropy_logits]
     logits = tokens * layout.padded_vocab_size // layout.tensor_size * element
-    budget = kernels.cross_entropy_budget_mib << 20
-    if logits <= budget:
-        return logits
-    return budget + (GRADIENT_BYTES * layout.padded_vocab_size * hidden_size if layout.tensor_size == 1 else 0)
+    chunks_sum = GRADIENT_BYTES * layout.padded_vocab_size // layout.tensor_size * hidden_size
+    return min(logits, (kernels.cross_entropy_budget_mib << 20) + chunks_sum)
 
 
 def _activation_elements(shape: LlamaShape, layout: Layout, parallel: ParallelConfig, tokens: int, rank: int) -> int:

@@ -24,12 +24,13 @@ CALL = Call(
     budget_bytes=1 << 30,
     train_hidden=True,
     train_weight=True,
+    has_main_grad=False,
 )
 
 
-def _plan(num_tokens: int, *, on_cpu: bool = False, **changes: Any) -> Plan:
+def _plan(num_tokens: int, *, on_cpu: bool = False, hidden_size: int = 64, **changes: Any) -> Plan:
     call = CALL._replace(**changes)
-    return make_plan(call, num_tokens, max(call.vocab_size - call.vocab_start, 0), on_cpu=on_cpu)
+    return make_plan(call, num_tokens, max(call.vocab_size - call.vocab_start, 0), hidden_size, on_cpu=on_cpu)
 
 
 def test_the_arguments_travel_as_text() -> None:
@@ -48,6 +49,15 @@ def test_the_arguments_travel_as_text() -> None:
         ({"vocab_size": 43176, "logits_dtype": "float32"}, "forward"),
         ({"num_scored": 4000}, "kept"),
         ({"train_weight": False}, "forward"),
+        ({"has_main_grad": True}, "recompute"),
+        ({"has_main_grad": True, "train_weight": False}, "forward"),
+        # A sum in fp32 and a chunk would take no less than all logits.
+        ({"hidden_size": 4096}, "kept"),
+        ({"hidden_size": 4096, "reduction": "none"}, "kept"),
+        ({"hidden_size": 4096, "train_weight": False}, "forward"),
+        ({"hidden_size": 4096, "has_main_grad": True}, "recompute"),
+        ({"hidden_size": 4096, "trainable_rows": 128000}, "forward"),
+        ({"hidden_size": 1024}, "forward"),
         ({"train_weight": False, "train_hidden": False}, "statistics"),
     ],
 )
@@ -79,5 +89,5 @@ def test_the_least_chunk_of_an_accelerator_may_exceed_a_small_budget() -> None:
 
 
 def test_a_slice_in_the_padding_has_nothing_to_multiply() -> None:
-    plan = make_plan(CALL._replace(vocab_start=200000, group_size=2, group="tp"), 8192, 1000, on_cpu=False)
+    plan = make_plan(CALL._replace(vocab_start=200000, group_size=2, group="tp"), 8192, 1000, 64, on_cpu=False)
     assert plan.num_columns == 0 and plan.parts() == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,20 @@ def _check_tensors(op: str, hidden_RD: Tensor, weight_LD: Tensor, labels_N: Tens
         )
     if (call.dtype == torch.float64) != (hidden_RD.dtype == torch.float64):
         raise ValueError(f"{op}: got logits_dtype torch.float64 with inputs in {hidden_RD.dtype}; use torch.float32")
+
+
+def integer(name: str, value: object) -> int:
+    """Returns an argument as Python's own integer, which NumPy's are not.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"linear_cross_entropy: got {name} {value!r}; expected an integer") from error
 
 
 def check_numbers(op: str, num_tokens: int, softcap: float | None, call: Call) -> None:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_cpt.kernels.cross_entropy import torch_rows
-from megatron_cpt.kernels.cross_entropy.plan import Call, Plan, make_plan
+from megatron_cpt.kernels.cross_entropy.plan import (
+    Call,
+    Plan,
+    first_product_column,
+    first_trained_column,
+    make_plan,
+)
 from megatron_cpt.kernels.cross_entropy.products import add_product, write_logits, write_product
 
 # oneDNN's bf16 product on a CPU with AMX reads a row to the next multiple of 32 elements and multiplies what lies
@@ -41,7 +47,7 @@ def row_functions(name: str) -> Any:
 
 def plan_of(call: Call, tokens: int, weight_LD: Tensor) -> Plan:
     """Plans a call on N tokens."""
-    return make_plan(call, tokens, weight_LD.shape[0], on_cpu=weight_LD.device.type == "cpu")
+    return make_plan(call, tokens, *weight_LD.shape, on_cpu=weight_LD.device.type == "cpu")
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -68,7 +74,7 @@ def spread(part: Tensor, scored_S: Tensor, num_tokens: int) -> Tensor:
     return part.new_zeros(num_tokens, *part.shape[1:]).index_copy_(0, scored_S, part)
 
 
-def rows_of(tokens_SD: Tensor, labels_N: Tensor, weights_N: Tensor | None, scored_S: Tensor, call: Call) -> Rows:
+def token_rows(tokens_SD: Tensor, labels_N: Tensor, weights_N: Tensor | None, scored_S: Tensor, call: Call) -> Rows:
     """Gathers what is known of the rows; `tokens_SD` are the selected ones already."""
     labels_S = select(labels_N, scored_S, call)
     ignored_S = labels_S == call.ignore_index
@@ -159,8 +165,8 @@ class WeightGradient:
 
     def __init__(self, weight_LD: Tensor, main_grad_LD: Tensor | None, call: Call, plan: Plan) -> None:
         self.weight_LD, self.main_grad_LD = weight_LD, main_grad_LD
-        self.first = first_trained(call, plan)
-        self.trained = slice(self.first, plan.num_columns)
+        self.call = call
+        self.trained = slice(first_product_column(call, plan.num_columns), plan.num_columns)
         self.wanted = call.train_weight
         self.single = len(plan.parts()) == 1
         self.total: Tensor | None = None
@@ -168,7 +174,7 @@ class WeightGradient:
 
     def add(self, grad_TM: Tensor, tokens_TD: Tensor) -> None:
         """Adds a chunk's part."""
-        grad_TM = grad_TM[:, self.first :]
+        grad_TM = trained_columns(grad_TM, self.call)
         if self.main_grad_LD is not None:
             add_product(self.main_grad_LD[self.trained], grad_TM, tokens_TD)
         elif self.single:
@@ -176,12 +182,9 @@ class WeightGradient:
         else:
             self.total = accumulate(self.total, grad_TM, tokens_TD)
 
-    def add_scaled(self, total_MD: Tensor, scale: Tensor) -> None:
-        """Adds a finished sum times a factor."""
-        if self.main_grad_LD is not None:
-            self.main_grad_LD[self.trained].addcmul_(total_MD, scale)
-        else:
-            torch.mul(total_MD, scale, out=self._own())
+    def set_scaled(self, total_MD: Tensor, scale: Tensor) -> None:
+        """Makes a finished sum times a factor the gradient; with `main_grad` no path has such a sum."""
+        torch.mul(total_MD, scale, out=self._own())
 
     def finish(self) -> Tensor:
         """Returns the gradient [L, D]; empty where none is wanted or `main_grad` has it."""
@@ -209,6 +212,9 @@ def accumulate(total_MD: Tensor | None, grad_TM: Tensor, tokens_TD: Tensor) -> T
     return total_MD
 
 
-def first_trained(call: Call, plan: Plan) -> int:
-    """First column of this rank whose row of the weight gets a gradient."""
-    return min(max(call.trainable_rows - call.vocab_start, 0), plan.num_columns)
+def trained_columns(grad_TM: Tensor, call: Call) -> Tensor:
+    """Returns the columns for the weight's product. Those of frozen rows among them are set to zero."""
+    num_columns = grad_TM.shape[1]
+    start = first_product_column(call, num_columns)
+    grad_TM[:, start : first_trained_column(call, num_columns)] = 0
+    return grad_TM[:, start:]

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_cpt.kernels.cross_entropy import paths
-from megatron_cpt.kernels.cross_entropy.chunks import first_trained, plan_of, wide_dtype
-from megatron_cpt.kernels.cross_entropy.plan import decode
+from megatron_cpt.kernels.cross_entropy.chunks import plan_of, wide_dtype
+from megatron_cpt.kernels.cross_entropy.plan import decode, first_product_column
 
 _NAME = "megatron_cpt::linear_cross_entropy"
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -64,7 +64,7 @@ def _(
     keeps_buffer = plan.path == "kept" or (in_forward and settings.train_weight)
     buffer = (min(plan.chunk, plan.num_rows), plan.stride) if keeps_buffer else (0,)
     has_total = in_forward and settings.train_weight and len(plan.parts()) > 1
-    total = (plan.num_columns - first_trained(settings, plan), hidden_size) if has_total else (0,)
+    total = (plan.num_columns - first_product_column(settings, plan.num_columns), hidden_size) if has_total else (0,)
     return (
         loss_N if settings.reduction == "none" else loss_N.new_empty(()),
         nats_N,

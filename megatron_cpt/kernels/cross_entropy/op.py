@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_cpt.kernels import dispatch
 from megatron_cpt.kernels.cross_entropy import library, reference
-from megatron_cpt.kernels.cross_entropy.arguments import check_arguments
+from megatron_cpt.kernels.cross_entropy.arguments import check_arguments, integer
 from megatron_cpt.kernels.cross_entropy.plan import Call
 
 OP = "linear_cross_entropy"
@@ -110,12 +110,14 @@ def linear_cross_entropy(
     padding), and all of them the same labels. One all-gather of three numbers a token (four with label smoothing)
     joins the slices. Without `sequence_parallel` the gradient of `hidden_ND` is this rank's partial sum; the caller
     adds the ranks' parts. With it each rank gives and receives its own tokens: they are gathered here, and their
-    gradients are added and scattered here while the weight's is computed.
+    gradients are added and scattered here while the weight's is computed. Arguments that are refused on one rank alone
+    leave the other ranks waiting in that exchange.
 
-    Precision: products accumulate in fp32 and are rounded to `logits_dtype`; exponentials, sums and the loss are
-    fp32; the gradient of the logits is rounded to the inputs' dtype before the two products that use it; over
-    several chunks the weight's gradient is summed in fp32. With float64 inputs everything is float64. The same
-    inputs give the same bits.
+    Precision: products accumulate in fp32 (parts of a sum that cuBLAS splits are added as torch's
+    `allow_bf16_reduced_precision_reduction` and its twin for fp16 say) and are rounded to `logits_dtype`;
+    exponentials, sums and the loss are fp32; the gradient of the logits is rounded to the inputs' dtype before the
+    two products that use it; over several chunks the weight's gradient is summed in fp32. With float64 inputs
+    everything is float64. The same inputs give the same bits.
 
     Args:
         hidden_ND: [N, D], floating; [N / ranks, D], this rank's tokens in the order of the ranks, with
@@ -131,7 +133,8 @@ def linear_cross_entropy(
         ignore_index: label of tokens whose loss and gradient are zero.
         num_scored: number of labels that are not `ignore_index`, where the caller knows it: tokens that are ignored
             are then dropped before the products. On the CPU they are counted here. On another device counting
-            would wait for it, so without this number all tokens are computed. A wrong number gives NaN.
+            would wait for it, so without this number all tokens are computed, and a hidden state that is no finite
+            number makes the weight's gradient NaN even where its token is ignored. A wrong number gives NaN.
         label_smoothing: e, in [0, 1): the share of the target that is spread evenly over the V true rows.
         z_loss: factor of the squared log-sum-exp, >= 0.
         softcap: c, > 0; None for none.
@@ -147,8 +150,11 @@ def linear_cross_entropy(
         main_grad: [L, D], fp32: the weight's gradient is added here, in backward, instead of to `weight.grad`. A
             weight with the attribute `grad_added_to_main_grad` has it set to True, as megatron-core's own layers do.
         budget_bytes: the most that a buffer of logits may take; at least one token's logits are held, on other
-            devices than the CPU those of 1024. Without a reduction, or with a group, logits that fit it as a whole
-            are kept from forward to backward, and else made twice.
+            devices than the CPU those of 1024. Logits that fit it as a whole are kept from forward to backward, and
+            also those that take no more than a chunk and the fp32 sum of the weight's gradient [L, D], which chunks
+            without `main_grad` need besides. Otherwise they are made in chunks; without a reduction, with a group or
+            with `main_grad` twice. What is kept lives outside autograd's saved tensors: hooks on those, and
+            torch.utils.checkpoint around the op, neither see nor free it before backward.
         implementation: "auto", or the name of one.
 
     Returns:
@@ -167,27 +173,26 @@ def linear_cross_entropy(
     if group is not None and dist.get_world_size(group) == 1:
         group, sequence_parallel = None, False
     ranks = 1 if group is None else dist.get_world_size(group)
-    if num_scored is None and labels_N.device.type == "cpu" and not torch.compiler.is_compiling():
-        num_scored = int((labels_N != ignore_index).sum())
     trains = torch.is_grad_enabled()
     call = Call(
         rows="",
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
+        vocab_start=integer("vocab_start", vocab_start),
+        vocab_size=integer("vocab_size", vocab_size),
         group="" if group is None else group.group_name,
         group_size=ranks,
         sequence_parallel=sequence_parallel,
-        ignore_index=ignore_index,
-        num_scored=-1 if num_scored is None else num_scored,
+        ignore_index=integer("ignore_index", ignore_index),
+        num_scored=_known_count(num_scored, labels_N, ignore_index),
         label_smoothing=float(label_smoothing),
         z_loss=float(z_loss),
         softcap=0.0 if softcap is None else float(softcap),
         reduction=reduction,
         logits_dtype=str(logits_dtype or hidden_ND.dtype).removeprefix("torch."),
-        trainable_rows=trainable_rows,
-        budget_bytes=budget_bytes,
+        trainable_rows=integer("trainable_rows", trainable_rows),
+        budget_bytes=integer("budget_bytes", budget_bytes),
         train_hidden=trains and hidden_ND.requires_grad,
         train_weight=trains and weight_LD.requires_grad,
+        has_main_grad=main_grad is not None,
     )
     check_arguments(OP, hidden_ND, weight_LD, labels_N, token_weights_N, main_grad, softcap, call)
     function = dispatch.choose(
@@ -200,3 +205,13 @@ def linear_cross_entropy(
     )
     results = function(hidden_ND, weight_LD, labels_N, token_weights_N, main_grad, call)
     return LinearCrossEntropy(*results)
+
+
+def _known_count(num_scored: int | None, labels_N: Tensor, ignore_index: int) -> int:
+    """Returns the number of labels that are not ignored, or -1 where it is not known."""
+    if num_scored is None:
+        counts = labels_N.device.type == "cpu" and not torch.compiler.is_compiling()
+        return int((labels_N != ignore_index).sum()) if counts else -1
+    if not 0 <= num_scored <= len(labels_N):
+        raise ValueError(f"{OP}: got num_scored {num_scored} for {len(labels_N)} tokens; expected 0 to {len(labels_N)}")
+    return integer("num_scored", num_scored)

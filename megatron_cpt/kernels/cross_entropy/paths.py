@@ -4,11 +4,13 @@ Logits exist in chunks of tokens in a buffer under a budget of bytes, and are tu
 the four ways the first that fits is taken (`plan.make_plan`):
 
 statistics  nothing trains: chunk by chunk, only what the loss needs.
-kept        all logits of this rank fit the budget: they are kept for backward, which has the true gradient of
-            every token. Three products, no sum over chunks.
-forward     a scalar loss over a whole table: a chunk's gradients are made right after its logits, of the sum over
-            tokens; backward multiplies them by the loss's gradient. Three products, and the weight's gradient is
-            summed over the chunks in fp32. That of the last chunk is left to backward.
+kept        all logits of this rank fit the budget, or take no more than chunks with the fp32 sum of the weight's
+            gradient would: they are kept for backward, which has the true gradient of every token. Three products,
+            no sum over chunks.
+forward     a scalar loss over a whole table, without `main_grad`, to which nothing is added before backward: a
+            chunk's gradients are made right after its logits, of the sum over tokens; backward multiplies them by
+            the loss's gradient. Three products, and the weight's gradient is summed over the chunks in fp32. That of
+            the last chunk is left to backward.
 recompute   the rest: backward makes the logits again. Four products.
 
 Under sequence parallelism the tokens' gradient is on its way to the ranks while the weight's is computed.
@@ -33,13 +35,13 @@ from megatron_cpt.kernels.cross_entropy.chunks import (
     accumulate,
     empty_statistics,
     find_scored,
-    first_trained,
     log_sum_exp,
     plan_of,
-    rows_of,
     select,
     shard_statistics,
     spread,
+    token_rows,
+    trained_columns,
 )
 from megatron_cpt.kernels.cross_entropy.exchange import gather_statistics, gather_tokens, scatter_tokens
 from megatron_cpt.kernels.cross_entropy.plan import Call
@@ -70,7 +72,7 @@ def forward(hidden_RD: Tensor, weight_LD: Tensor, labels_N: Tensor, weights_N: T
     hidden_ND = gather_tokens(hidden_RD, call.group, call.group_size) if call.sequence_parallel else hidden_RD
     scored_S = find_scored(labels_N, call)
     tokens_SD = select(hidden_ND, scored_S, call)
-    rows = rows_of(tokens_SD, labels_N, weights_N, scored_S, call)
+    rows = token_rows(tokens_SD, labels_N, weights_N, scored_S, call)
     logits = Logits(call, plan, weight_LD)
     grad_SD: Tensor | None = None
     total_MD: Tensor | None = None
@@ -80,7 +82,7 @@ def forward(hidden_RD: Tensor, weight_LD: Tensor, labels_N: Tensor, weights_N: T
         statistics_KS = shard_statistics(rows, logits)
     if call.group:
         statistics_KS = gather_statistics(statistics_KS, call.group, call.group_size)
-    loss, nats_N, lse_N, correct_N, denominator = _losses(statistics_KS, rows, scored_S, num_tokens, call)
+    loss, nats_N, lse_N, correct_N, denominator = _losses(statistics_KS, rows, labels_N, scored_S, call)
     keeps_tokens = plan.path != "statistics" and tokens_SD is not hidden_RD
     keeps_buffer = plan.path == "kept" or (plan.path == "forward" and call.train_weight)
     return Results(
@@ -105,7 +107,6 @@ def _with_gradients(rows: Rows, logits: Logits) -> tuple[Tensor, Tensor | None, 
     call, plan = logits.call, logits.plan
     tokens_SD = rows.tokens_SD
     statistics_KS = empty_statistics(plan, call, tokens_SD)
-    first = first_trained(call, plan)
     grad_SD = torch.zeros_like(tokens_SD) if call.train_hidden else None
     total_MD: Tensor | None = None
     grad_S = _token_gradients(statistics_KS.new_ones(()), rows)
@@ -118,12 +119,12 @@ def _with_gradients(rows: Rows, logits: Logits) -> tuple[Tensor, Tensor | None, 
         if grad_SD is not None:
             torch.mm(grad_TM, logits.weight_MD, out=grad_SD[part])
         if call.train_weight and part is not parts[-1]:
-            total_MD = accumulate(total_MD, grad_TM[:, first:], tokens_SD[part])
+            total_MD = accumulate(total_MD, trained_columns(grad_TM, call), tokens_SD[part])
     return statistics_KS, grad_SD, total_MD
 
 
 def _losses(
-    statistics_KS: Tensor, rows: Rows, scored_S: Tensor, num_tokens: int, call: Call
+    statistics_KS: Tensor, rows: Rows, labels_N: Tensor, scored_S: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss (reduced), nats [N], log-sum-exp [N], correct [N] and the denominator of the mean."""
     lse_S = log_sum_exp(statistics_KS, rows.invalid_S)
@@ -137,9 +138,13 @@ def _losses(
         loss_S = loss_S + call.z_loss * lse_S.square()
     if rows.weights_S is not None:
         loss_S = loss_S * rows.weights_S
+    num_tokens = len(labels_N)
     loss_N, nats_N, lse_N = (
         spread(x_S.masked_fill(rows.ignored_S, 0.0), scored_S, num_tokens) for x_S in (loss_S, nats_S, lse_S)
     )
+    if call.num_scored == 0:  # no row can tell that the count is wrong
+        for result_N in (loss_N, nats_N, lse_N):
+            result_N.masked_fill_(labels_N != call.ignore_index, torch.nan)
     loss = loss_N if call.reduction == "none" else loss_N.sum()
     denominator = lse_S.new_ones(())
     if call.reduction == "mean":
@@ -175,7 +180,7 @@ def backward(
     """
     plan = plan_of(call, len(labels_N), weight_LD)
     tokens_SD = kept.tokens_SD if kept.tokens_SD.dim() == 2 else hidden_RD
-    rows = rows_of(tokens_SD, labels_N, weights_N, kept.scored_S, call)
+    rows = token_rows(tokens_SD, labels_N, weights_N, kept.scored_S, call)
     scale = grad_loss.to(kept.lse_N.dtype)
     if call.reduction == "mean":
         scale = scale / kept.denominator
@@ -186,9 +191,9 @@ def backward(
         grad_SD = kept.grad_SD * scale if call.train_hidden else hidden_RD.new_empty(0)
         if call.train_weight and plan.parts():
             last = plan.parts()[-1]
-            grad_TM = logits.narrowed(last.stop - last.start)[:, weight.first :]
+            grad_TM = trained_columns(logits.narrowed(last.stop - last.start), call)
             total_MD = kept.total_MD if kept.total_MD.dim() == 2 else None
-            weight.add_scaled(accumulate(total_MD, grad_TM, tokens_SD[last]), scale)
+            weight.set_scaled(accumulate(total_MD, grad_TM, tokens_SD[last]), scale)
         return _to_tokens(grad_SD, kept, call)[0], weight.finish()
     if call.reduction == "none":
         scale = select(scale, kept.scored_S, call)

@@ -1,7 +1,7 @@
 """What one call of the op is asked for, and which way it is computed: arithmetic on sizes, no tensors.
 
-Shape letters: N tokens, S of them scored, L rows of the output matrix on this rank, M <= L of them inside the true
-vocabulary.
+Shape letters: N tokens, S of them scored, D hidden size, L rows of the output matrix on this rank, M <= L of them
+inside the true vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ ACCELERATOR_ROWS = 256
 ACCELERATOR_LEAST_ROWS = 1024
 # The Triton kernels load whole vectors up to the end of a row that is padded to this many logits.
 TRITON_STRIDE = 64
+# A matrix product whose operands begin anywhere but at a multiple of 8 elements is a slower one.
+_ALIGNMENT = 64
 
 
 class Call(NamedTuple):
@@ -45,6 +47,7 @@ class Call(NamedTuple):
     budget_bytes: int
     train_hidden: bool
     train_weight: bool
+    has_main_grad: bool  # the weight's gradient is added to an fp32 tensor that is there
 
     def encode(self) -> str:
         """Returns the arguments as text."""
@@ -94,13 +97,30 @@ class Plan:
         return [slice(start, min(start + self.chunk, self.num_rows)) for start in starts]
 
 
-def make_plan(call: Call, num_tokens: int, num_local_rows: int, *, on_cpu: bool) -> Plan:
+def first_product_column(call: Call, num_columns: int) -> int:
+    """First column of this rank that is part of the product for the weight's gradient."""
+    first = first_trained_column(call, num_columns)
+    return first if first == num_columns else first // _ALIGNMENT * _ALIGNMENT
+
+
+def first_trained_column(call: Call, num_columns: int) -> int:
+    """First column of this rank whose row of the weight gets a gradient."""
+    return min(max(call.trainable_rows - call.vocab_start, 0), num_columns)
+
+
+def allowance(call: Call, chunk_bytes: int, sum_bytes: int) -> int:
+    """Returns how many bytes all logits may take: the budget, or what chunks and their sum would take together."""
+    return max(call.budget_bytes, chunk_bytes + sum_bytes) if sum_bytes else call.budget_bytes
+
+
+def make_plan(call: Call, num_tokens: int, num_local_rows: int, hidden_size: int, *, on_cpu: bool) -> Plan:
     """Plans a call.
 
     Args:
         call: the arguments.
         num_tokens: N.
         num_local_rows: L.
+        hidden_size: D.
         on_cpu: whether any number of rows is as good as another.
     """
     num_rows = num_tokens if call.num_scored < 0 else call.num_scored
@@ -108,19 +128,21 @@ def make_plan(call: Call, num_tokens: int, num_local_rows: int, *, on_cpu: bool)
     multiple = TRITON_STRIDE if call.rows == "triton" else 1
     stride = -(-num_columns // multiple) * multiple
     row_bytes = max(stride * call.dtype.itemsize, 1)
-    path: Path
-    if not (call.train_hidden or call.train_weight):
-        path = "statistics"
-    elif num_rows * row_bytes <= call.budget_bytes:
-        path = "kept"
-    elif call.reduction != "none" and call.group_size == 1:
-        path = "forward"
-    else:
-        path = "recompute"
-    if path == "kept":
-        return Plan(path, num_rows, num_columns, stride, max(num_rows, 1))
     granularity, least = (1, 1) if on_cpu else (ACCELERATOR_ROWS, ACCELERATOR_LEAST_ROWS)
     most = max(call.budget_bytes // row_bytes // granularity * granularity, least)
     num_chunks = max(-(-num_rows // most), 1)
     even = -(-num_rows // num_chunks)  # chunks of like sizes: none is a remainder of a few rows
-    return Plan(path, num_rows, num_columns, stride, max(-(-even // granularity) * granularity, 1))
+    chunk = max(-(-even // granularity) * granularity, 1)
+    sum_bytes = 0
+    if call.train_weight and not call.has_main_grad:
+        sum_bytes = max(call.dtype.itemsize, 4) * (num_columns - first_product_column(call, num_columns)) * hidden_size
+    path: Path
+    if not (call.train_hidden or call.train_weight):
+        path = "statistics"
+    elif num_rows * row_bytes <= allowance(call, chunk * row_bytes, sum_bytes):
+        path = "kept"
+    elif call.reduction != "none" and call.group_size == 1 and not (call.train_weight and call.has_main_grad):
+        path = "forward"
+    else:
+        path = "recompute"
+    return Plan(path, num_rows, num_columns, stride, max(num_rows, 1) if path == "kept" else chunk)

@@ -5,7 +5,7 @@ Shape letters: T tokens of a chunk, D hidden size, M rows of the output matrix.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def _widens(tensor: Tensor) -> bool:
     return tensor.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether such a product can be added to an fp32 sum. torch 2.8 and 2.9 have the op and refuse the mixture."""
     if "dtype_out" not in torch.ops.aten.addmm.overloads():

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_cpt.kernels import dispatch
 from megatron_cpt.kernels.cross_entropy import paths
-from megatron_cpt.kernels.cross_entropy.arguments import check_arguments
-from megatron_cpt.kernels.cross_entropy.chunks import Logits, plan_of, rows_of, shard_statistics, wide_dtype
+from megatron_cpt.kernels.cross_entropy.arguments import check_arguments, integer
+from megatron_cpt.kernels.cross_entropy.chunks import Logits, plan_of, shard_statistics, token_rows, wide_dtype
 from megatron_cpt.kernels.cross_entropy.op import BUDGET_BYTES, OP
 from megatron_cpt.kernels.cross_entropy.plan import Call
 
@@ -69,7 +69,7 @@ def linear_cross_entropy_statistics(
     call = _call(hidden_ND, vocab_start, vocab_size, softcap, logits_dtype, budget_bytes)
     call = call._replace(label_smoothing=0.5 if with_sum else 0.0)  # any but 0 has the sum made
     call = _checked(hidden_ND, weight_LD, labels_N, None, softcap, implementation, call)
-    rows = rows_of(hidden_ND, labels_N, None, labels_N, call)
+    rows = token_rows(hidden_ND, labels_N, None, labels_N, call)
     return shard_statistics(rows, Logits(call, plan_of(call, len(labels_N), weight_LD), weight_LD))
 
 
@@ -126,9 +126,10 @@ def linear_cross_entropy_gradient(
     call = _call(hidden_ND, vocab_start, vocab_size, softcap, logits_dtype, budget_bytes)._replace(
         label_smoothing=float(label_smoothing),
         z_loss=float(z_loss),
-        trainable_rows=trainable_rows,
+        trainable_rows=integer("trainable_rows", trainable_rows),
         train_hidden=of_hidden,
         train_weight=of_weight,
+        has_main_grad=main_grad is not None,
     )
     call = _checked(hidden_ND, weight_LD, labels_N, main_grad, softcap, implementation, call)
     wide = wide_dtype(hidden_ND)
@@ -155,8 +156,8 @@ def _call(
 ) -> Call:
     return Call(
         rows="",
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
+        vocab_start=integer("vocab_start", vocab_start),
+        vocab_size=integer("vocab_size", vocab_size),
         group="",
         group_size=1,
         sequence_parallel=False,
@@ -168,9 +169,10 @@ def _call(
         reduction="none",
         logits_dtype=str(logits_dtype or hidden_ND.dtype).removeprefix("torch."),
         trainable_rows=0,
-        budget_bytes=budget_bytes,
+        budget_bytes=integer("budget_bytes", budget_bytes),
         train_hidden=False,
         train_weight=False,
+        has_main_grad=False,
     )
 
 
