@@ -125,6 +125,22 @@ def multiprocessor_count(device_type: str) -> int | None:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
 
 
+def current_stream(device: torch.device) -> int:
+    """The number of the stream on which work for the device is put now; 0 where there are none."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of the host to a device; on CUDA the host does not wait until the device comes to it.
+
+    The copy takes its turn on the current stream (`current_stream`), and only there may it be read right away.
+    """
+    # A graph would read its pinned memory again and again, and a compiler has ways of its own: both get a plain copy.
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @functools.cache
 def current_device() -> Device:
     """The device of this process: CUDA where there is one, another accelerator, else the CPU.

@@ -236,14 +236,15 @@ def test_the_op_keeps_the_rules_of_the_dispatcher() -> None:
 
 def test_tiles_cover_every_document_once_and_the_longest_work_comes_first() -> None:
     boundaries = (0, 5, 5, 40, 41, 100)
-    tiles = list_tiles(boundaries, 16, range(2, 101), None, False, torch.device("cpu"))
+    parts = (16, range(2, 101)), (16, range(2))
+    tiles, short = list_tiles(boundaries, parts, None, False, torch.device("cpu"))
+    assert tiles.data_ptr() % 16 == short.data_ptr() % 16 == 0
     assert sorted(map(tuple, tiles.tolist())) == [
         (0, 0, 5),
         *((first, 5, 40) for first in (5, 21, 37)),
         *((first, 41, 100) for first in (41, 57, 73, 89)),
     ]
     assert tiles[0].tolist() == [89, 41, 100] and tiles[-1].tolist() == [0, 0, 5]
-    of_keys = list_tiles(boundaries, 16, range(2, 101), None, True, torch.device("cpu"))
+    of_keys, _ = list_tiles(boundaries, parts, None, True, torch.device("cpu"))
     assert of_keys[0].tolist() == [41, 41, 100] and of_keys[-1].tolist() == [37, 5, 40]
-    short = list_tiles(boundaries, 16, range(2), None, False, torch.device("cpu"))
     assert short.tolist() == [[40, 40, 41]] and short.dtype == torch.int32

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.runtime.device import current_device, device_count
+from megatron_cpt.runtime.device import current_device, device_count, upload
 from megatron_cpt.runtime.launcher import refuse_more_processes_than_devices
 
 
@@ -81,3 +81,15 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MEGATRON_CPT_DEVICE", "cpu")
     assert device_count() is None
     refuse_more_processes_than_devices(100)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_uploads_to_cuda_do_not_wait_for_it(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+    tensor = types.SimpleNamespace(to=lambda device, **options: calls.append(("plain", options)))
+    pinned = types.SimpleNamespace(to=lambda device, **options: calls.append(("pinned", options)))
+    tensor.pin_memory = lambda: pinned
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    upload(tensor, torch.device("cuda"))  # type: ignore[arg-type]
+    upload(tensor, torch.device("cpu"))  # type: ignore[arg-type]
+    assert calls == [("plain", {}) if capturing else ("pinned", {"non_blocking": True}), ("plain", {})]

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from megatron_cpt.runtime.device import upload
 
 
 class Boundaries(Protocol):
@@ -44,25 +47,34 @@ def lengths_differ(boundaries: tuple[int, ...]) -> bool:
 @torch.inference_mode(False)
 def list_tiles(
     boundaries: tuple[int, ...],
-    block: int,
-    lengths: range,
+    parts: tuple[tuple[int, range], ...],
     window: int | None,
     of_keys: bool,
     device: torch.device,
-) -> Tensor:
-    """Returns the tiles of the documents, those with the most work first, so that none is left for the end.
+    stream: int = 0,
+) -> tuple[Tensor, ...]:
+    """Returns lists of the documents' tiles, those with the most work first, so that none is left for the end.
 
     Args:
         boundaries: from `read_boundaries`.
-        block: rows of a tile; the last tile of a document may have fewer.
-        lengths: documents of these lengths are listed.
+        parts: of each list the rows of a tile, of which the last tile of a document may have fewer, and the lengths
+            of the documents that are listed.
         window: tokens before its own that a query sees; None: all.
         of_keys: whether the tiles are of keys, whose work is the queries that see them, or of queries.
-        device: where the list goes.
+        device: where the lists go, all in one copy.
+        stream: the current one of the device: a list is ready for work on the stream that it was made on.
 
     Returns:
-        [tiles, 3] int32: first row of the tile, of its document, and the row after the document's last.
+        For each part [tiles, 3] int32: first row of the tile, of its document, and the row after the document's last.
     """
+    lists = [_tiles(boundaries, block, lengths, window, of_keys) for block, lengths in parts]
+    # Each begins at a multiple of 16 bytes, as the kernels are compiled for it.
+    padded = [pad(tiles, (0, 0, 0, -len(tiles) % 4)) for tiles in lists]
+    uploaded = upload(torch.cat(padded), device).split([len(tiles) for tiles in padded])
+    return tuple(copy[: len(tiles)] for copy, tiles in zip(uploaded, lists, strict=True))
+
+
+def _tiles(boundaries: tuple[int, ...], block: int, lengths: range, window: int | None, of_keys: bool) -> Tensor:
     edges = torch.tensor(boundaries)
     starts, ends = edges[:-1], edges[1:]
     sizes = ends - starts
@@ -79,4 +91,4 @@ def list_tiles(
     else:
         work = torch.minimum(end, first + block) - torch.maximum(start, first - reach)
     order = work.argsort(descending=True, stable=True)
-    return torch.stack((first, start, end), 1)[order].to(device, torch.int32)
+    return torch.stack((first, start, end), 1)[order].to(torch.int32)

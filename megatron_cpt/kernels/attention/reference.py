@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_cpt.kernels.attention.documents import Boundaries, lengths_differ, read_boundaries
+from megatron_cpt.runtime.device import current_stream, upload
 
 # A batch takes documents down to 1 / 1.5 of its longest: about 1.2 cells a token on mixed lengths, and at most
 # 15 batches from 4096 tokens to 16, below which a document costs less than a call of its own.
@@ -41,7 +42,8 @@ def attention(
     window: int | None,
 ) -> Tensor:
     """Returns causal attention inside each document [N, H, K]; see `op.attention`."""
-    layout = _lay_out(read_boundaries(cu_seqlens, query_NHK.shape[0]), query_NHK.device)
+    device = query_NHK.device
+    layout = _lay_out(read_boundaries(cu_seqlens, query_NHK.shape[0]), device, current_stream(device))
     query, key, value = (_gather(tensor, layout.token_of_cell_C) for tensor in (query_NHK, key_NGK, value_NGK))
     outputs = []
     start = 0
@@ -107,7 +109,8 @@ class _Layout:
 # evaluation in inference mode leaves there must serve training too, so the indices are ordinary tensors.
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def _lay_out(boundaries: tuple[int, ...], device: torch.device) -> _Layout:
+def _lay_out(boundaries: tuple[int, ...], device: torch.device, stream: int) -> _Layout:
+    """The batches of these documents; its indices are ready for work on the stream that they were made on."""
     documents = [(stop - start, start) for start, stop in pairwise(boundaries) if stop > start]
     if not lengths_differ(boundaries):
         return _Layout(tuple((len(documents), length) for length, _ in documents[:1]))
@@ -126,7 +129,8 @@ def _lay_out(boundaries: tuple[int, ...], device: torch.device) -> _Layout:
         token_of_cell.append(tokens_RW.flatten())
         num_cells += tokens_RW.numel()
     shapes = tuple((len(batch), batch[0][0]) for batch in batches)
-    return _Layout(shapes, torch.cat(token_of_cell).to(device), cell_of_token_N.to(device))
+    indices = upload(torch.cat((*token_of_cell, cell_of_token_N)), device).split([num_cells, num_tokens])
+    return _Layout(shapes, *indices)
 
 
 def _group_by_length(documents: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:

@@ -29,7 +29,7 @@ from megatron_cpt.kernels.attention.triton_settings import (
 )
 from megatron_cpt.kernels.graph import GraphOp
 from megatron_cpt.kernels.tuning import Launch, Table
-from megatron_cpt.runtime.device import compute_capability, multiprocessor_count
+from megatron_cpt.runtime.device import compute_capability, current_stream, multiprocessor_count
 
 _DESCRIPTOR_ALIGNMENT = 16  # bytes, of a tensor's begin and of the steps between its rows and heads
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -197,17 +197,19 @@ def _launches(
     setting = Setting(padded_head_size(tensors[0].shape[2]), True, tensors[0].dtype == torch.float32)
     tile, other = ("BLOCK_KEYS", "BLOCK_QUERIES") if of_keys else ("BLOCK_QUERIES", "BLOCK_KEYS")
     shortest = boundaries[-1] + 1
+    launches, parts = [], []
     if _can_describe(tensors):
         launch = table.choose(device.type, setting)
         shortest = launch.blocks[other]
-        lengths = range(shortest, boundaries[-1] + 1)
-        tiles = list_tiles(boundaries, launch.blocks[tile], lengths, window, of_keys, device)
-        if len(tiles):
-            yield launch, True, tiles
+        launches.append((launch, True))
+        parts.append((launch.blocks[tile], range(shortest, boundaries[-1] + 1)))
     launch = table.choose(device.type, setting._replace(descriptors=False))
-    tiles = list_tiles(boundaries, launch.blocks[tile], range(shortest), window, of_keys, device)
-    if len(tiles):
-        yield launch, False, tiles
+    launches.append((launch, False))
+    parts.append((launch.blocks[tile], range(shortest)))
+    lists = list_tiles(boundaries, tuple(parts), window, of_keys, device, current_stream(device))
+    for (launch, described), tiles in zip(launches, lists, strict=True):
+        if len(tiles):
+            yield launch, described, tiles
 
 
 def _can_describe(tensors: tuple[Tensor, ...]) -> bool:
