@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cpt.kernels.cross_entropy import linear_cross_entropy, plan
@@ -65,6 +66,22 @@ def test_a_count_of_scored_tokens_that_is_wrong_gives_nan() -> None:
         wrong = linear_cross_entropy(*arguments, vocab_size=9, num_scored=count, reduction="sum")
         assert wrong.loss.isnan()
     assert linear_cross_entropy(*arguments, vocab_size=9, num_scored=0).loss.isnan().tolist() == [True, False] * 2
+
+
+def test_the_compiler_makes_no_graph_for_each_count_of_scored_tokens() -> None:
+    counter = CompileCounter()
+    torch.compiler.reset()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def compiled(hidden: Tensor, weight: Tensor, labels: Tensor, count: int) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, vocab_size=9, num_scored=count, reduction="sum").loss
+
+    hidden, weight = torch.randn(8, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    for count in (3, 4, 5, 6):
+        labels = torch.arange(8).masked_fill(torch.arange(8) >= count, IGNORED)
+        expected = linear_cross_entropy(hidden, weight, labels, vocab_size=9, reduction="sum").loss
+        assert torch.equal(compiled(hidden, weight, labels, count), expected)
+    assert counter.frame_count <= 2  # the first count is taken for a constant
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])

@@ -20,12 +20,20 @@ from torch.autograd.function import once_differentiable
 
 from megatron_cpt.kernels.cross_entropy import paths
 from megatron_cpt.kernels.cross_entropy.chunks import plan_of, wide_dtype
-from megatron_cpt.kernels.cross_entropy.plan import decode, first_product_column
+from megatron_cpt.kernels.cross_entropy.plan import Call, decode, first_product_column
 
 _NAME = "megatron_cpt::linear_cross_entropy"
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Positions in what the forward operator returns.
 _LSE, _SCORED, _TOKENS, _DENOMINATOR = 2, 4, 5, 6
+
+
+def settings_of(call: str, num_scored: int) -> Call:
+    """Returns the arguments of a call whose text has no number of scored tokens.
+
+    That number differs from batch to batch: as an argument of its own it costs a compiler no new graph.
+    """
+    return decode(call)._replace(num_scored=num_scored)
 
 
 def forward(
@@ -35,9 +43,10 @@ def forward(
     weights_N: Tensor | None,
     main_grad_LD: Tensor | None,
     call: str,
+    num_scored: int,
 ) -> Ten:
     """Returns what `paths.forward` does; `main_grad_LD` is for backward alone."""
-    return tuple(paths.forward(hidden_RD, weight_LD, labels_N, weights_N, decode(call)))  # type: ignore[return-value]
+    return tuple(paths.forward(hidden_RD, weight_LD, labels_N, weights_N, settings_of(call, num_scored)))  # type: ignore[return-value]
 
 
 forward_op: Any = torch.library.custom_op(_NAME, forward, mutates_args=())
@@ -51,8 +60,9 @@ def _(
     weights_N: Tensor | None,
     main_grad_LD: Tensor | None,
     call: str,
+    num_scored: int,
 ) -> Ten:
-    settings = decode(call)
+    settings = settings_of(call, num_scored)
     num_tokens = len(labels_N)
     plan = plan_of(settings, num_tokens, weight_LD)
     wide = wide_dtype(hidden_RD)
@@ -63,7 +73,7 @@ def _(
     keeps_tokens = plan.path != "statistics" and (drops or settings.sequence_parallel)
     keeps_buffer = plan.path == "kept" or (in_forward and settings.train_weight)
     buffer = (min(plan.chunk, plan.num_rows), plan.stride) if keeps_buffer else (0,)
-    has_total = in_forward and settings.train_weight and len(plan.parts()) > 1
+    has_total = in_forward and settings.train_weight and plan.num_rows > plan.chunk
     total = (plan.num_columns - first_product_column(settings, plan.num_columns), hidden_size) if has_total else (0,)
     return (
         loss_N if settings.reduction == "none" else loss_N.new_empty(()),
@@ -94,12 +104,15 @@ def backward(
     grad_SD: Tensor,
     total_MD: Tensor,
     call: str,
+    num_scored: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns what `paths.backward` does."""
     kept = paths.Results(
         grad_loss, lse_N, lse_N, scored_S, scored_S, tokens_SD, denominator, buffer_TM, grad_SD, total_MD
     )
-    return paths.backward(grad_loss, hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, kept, decode(call))
+    return paths.backward(
+        grad_loss, hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, kept, settings_of(call, num_scored)
+    )
 
 
 backward_op: Any = torch.library.custom_op(
@@ -123,8 +136,9 @@ def _(
     grad_SD: Tensor,
     total_MD: Tensor,
     call: str,
+    num_scored: int,
 ) -> tuple[Tensor, Tensor]:
-    settings = decode(call)
+    settings = settings_of(call, num_scored)
     returns_weight = settings.train_weight and main_grad_LD is None
     return (
         hidden_RD.new_empty(hidden_RD.shape if settings.train_hidden else (0,)),
@@ -133,7 +147,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Ten) -> None:
-    hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, call = inputs
+    hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, call, num_scored = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(
@@ -146,24 +160,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Ten) -> None:
     # Changed in place between forward and backward, and by backward, which is meant to be so.
     ctx.main_grad_LD = main_grad_LD
     ctx.once = output[_DENOMINATOR + 1 :]
-    ctx.call = call
+    ctx.call, ctx.num_scored = call, num_scored
 
 
 def _gradients(ctx: Any, grad_loss: Tensor | None, backward_function: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 6
+        return (None,) * 7
     hidden_RD, weight_LD, labels_N, weights_N, *kept = ctx.saved_tensors
-    call = decode(ctx.call)
+    call = settings_of(ctx.call, ctx.num_scored)
     once, ctx.once = ctx.once, None
     if once is None:
         once = hidden_RD.new_empty(0, dtype=call.dtype), hidden_RD.new_empty(0), kept[0].new_empty(0)
     grad_RD, grad_LD = backward_function(
-        grad_loss, hidden_RD, weight_LD, labels_N, weights_N, ctx.main_grad_LD, *kept, *once, ctx.call
+        grad_loss, hidden_RD, weight_LD, labels_N, weights_N, ctx.main_grad_LD, *kept, *once, ctx.call, ctx.num_scored
     )
     grad_weight = grad_LD if call.train_weight else None
     if call.train_weight and ctx.main_grad_LD is not None:
         grad_weight = _stand_in(weight_LD)
-    return grad_RD if call.train_hidden else None, grad_weight, None, None, None, None
+    return grad_RD if call.train_hidden else None, grad_weight, None, None, None, None, None
 
 
 def _stand_in(weight_LD: Tensor) -> Tensor | None:
@@ -208,8 +222,9 @@ def run(
     weights_N: Tensor | None,
     main_grad_LD: Tensor | None,
     call: str,
+    num_scored: int,
 ) -> Ten:
     """Returns what `paths.forward` does, of which the loss is differentiable."""
     way = forward_op if torch.compiler.is_compiling() else _Eager.apply
-    result: Ten = way(hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, call)
+    result: Ten = way(hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, call, num_scored)
     return result

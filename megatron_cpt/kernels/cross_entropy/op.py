@@ -56,8 +56,8 @@ class Fused:
         call: Call,
     ) -> tuple[Tensor, ...]:
         """Runs the operator; the arguments are checked."""
-        text = call._replace(rows=self.rows).encode()
-        return library.run(hidden_RD, weight_LD, labels_N, token_weights_N, main_grad_LD, text)[:4]
+        text = call._replace(rows=self.rows, num_scored=-1).encode()
+        return library.run(hidden_RD, weight_LD, labels_N, token_weights_N, main_grad_LD, text, call.num_scored)[:4]
 
 
 def _reference(

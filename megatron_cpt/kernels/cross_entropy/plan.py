@@ -27,7 +27,8 @@ _ALIGNMENT = 64
 class Call(NamedTuple):
     """The arguments of a call that are no tensors.
 
-    An operator's schema knows no records, so they travel through it as one text (`encode`, `decode`).
+    An operator's schema knows no records, so they travel through it as one text (`encode`, `decode`), but
+    for `num_scored`.
     """
 
     rows: str  # whose row functions work: "torch" or "triton"
