@@ -160,7 +160,7 @@ class KernelConfig(Section):
     norm: Implementation = "auto"
     rope: Implementation = "auto"
     swiglu: Implementation = "auto"
-    cross_entropy_budget_mib: Positive = 1024  # largest block of logits held at once
+    cross_entropy_budget_mib: Positive = 1024  # logits held at once; all, where chunks would take more memory
     # In which logits are stored before the loss is made of them: as the weights, or nearer to the product's bits.
     cross_entropy_logits: Literal["model", "fp32", "fp16"] = "model"
 

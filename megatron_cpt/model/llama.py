@@ -52,7 +52,7 @@ class LlamaModel(GPTModel):
     """GPTModel over packed documents, with the head and its loss as one op.
 
     Differences from the base class: rotary positions restart with each document; the loss is
-    `kernels.linear_cross_entropy` over the true vocabulary, so that the full logits never exist and
+    `kernels.linear_cross_entropy` over the true vocabulary, so that logits take bounded memory and
     padded rows take no part in the softmax. The last stage returns, with labels, the op's results with the
     summed loss, and without them, for proofs, fp32 logits over the true vocabulary at the wanted positions.
     """

@@ -93,7 +93,7 @@ def linear_cross_entropy(
     budget_bytes: int = BUDGET_BYTES,
     implementation: str = "auto",
 ) -> LinearCrossEntropy:
-    """Computes the cross-entropy of each token, without ever holding all logits.
+    """Computes the cross-entropy of each token, with logits in bounded memory (`budget_bytes`).
 
     With z = hidden @ weight.T over the true vocabulary (rows of the padded table from `vocab_size` on are not read
     and get a zero gradient), soft-capped to c * tanh(z / c) where c is given, lse = log(sum of exp(z)),
