@@ -21,40 +21,46 @@ class GraphOp:
 
     Args:
         name: of the op; its gradient is the op `<name>_backward`.
-        schema: of the op, as "(Tensor x, float y) -> Tensor".
         forward: launches the kernel.
         fake: makes the results of `forward` without their values.
-        backward_schema: of the gradient: what `save` keeps, after the gradients of the results.
         backward: launches the gradient's kernel. A gradient that is not wanted comes back as an empty tensor.
         backward_fake: makes the results of `backward` without their values.
         save: (ctx, inputs, output): keeps what the gradient needs, as `setup_context` of an `autograd.Function`.
-        arguments: (ctx, gradients of the results) -> what `backward` is called with.
+        arguments: (ctx, gradients of the results) -> what `backward` is called with; None where no gradient came.
         gradients: (ctx, results of `backward`) -> the gradient of each input, None where there is none.
+        schema: of the op, as "(Tensor x, float y) -> Tensor"; None: that of the annotations of `forward`.
+        backward_schema: of the gradient, likewise.
+        backward_mutates: arguments of `backward` that it changes.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        schema: str,
         forward: Callable[..., Any],
         fake: Callable[..., Any],
-        backward_schema: str,
         backward: Callable[..., Any],
         backward_fake: Callable[..., Any],
         save: Callable[..., None],
-        arguments: Callable[..., tuple[Any, ...]],
+        arguments: Callable[..., tuple[Any, ...] | None],
         gradients: Callable[..., tuple[Tensor | None, ...]],
+        schema: str | None = None,
+        backward_schema: str | None = None,
+        backward_mutates: tuple[str, ...] = (),
     ) -> None:
         self._op: Any = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=schema)
         self._op.register_fake(fake)
         backward_op: Any = torch.library.custom_op(
-            f"{NAMESPACE}::{name}_backward", backward, mutates_args=(), schema=backward_schema
+            f"{NAMESPACE}::{name}_backward", backward, mutates_args=backward_mutates, schema=backward_schema
         )
         backward_op.register_fake(backward_fake)
 
+        def way_back(function: Any, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            given = arguments(ctx, *grads)
+            return (None,) * len(ctx.needs_input_grad) if given is None else gradients(ctx, function(*given))
+
         def compiled_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return gradients(ctx, backward_op(*arguments(ctx, *grads)))
+            return way_back(backward_op, ctx, grads)
 
         self._op.register_autograd(compiled_backward, setup_context=save)
 
@@ -70,7 +76,7 @@ class GraphOp:
             @staticmethod
             @once_differentiable
             def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-                return gradients(ctx, backward(*arguments(ctx, *grads)))
+                return way_back(backward, ctx, grads)
 
         self._eager = Eager
 

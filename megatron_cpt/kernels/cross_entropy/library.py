@@ -1,7 +1,4 @@
-"""The op as autograd and torch.compile see it: one node each way.
-
-An eager call goes to an `autograd.Function`, a call that is being compiled to an operator of torch's dispatcher,
-which the compiler does not look into. Both run the same functions.
+"""The op as autograd and torch.compile see it: one node each way (`kernels.graph`).
 
 What the forward operator keeps for backward is handed over once: backward turns the logits into their gradient where
 they lie. A second backward through the same graph finds nothing kept and makes the logits again, with the same
@@ -16,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_cpt.kernels.cross_entropy import paths
 from megatron_cpt.kernels.cross_entropy.chunks import plan_of, wide_dtype
 from megatron_cpt.kernels.cross_entropy.plan import Call, decode, first_product_column
+from megatron_cpt.kernels.graph import GraphOp
 
-_NAME = "megatron_cpt::linear_cross_entropy"
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Positions in what the forward operator returns.
 _LSE, _SCORED, _TOKENS, _DENOMINATOR = 2, 4, 5, 6
@@ -49,11 +45,7 @@ def forward(
     return tuple(paths.forward(hidden_RD, weight_LD, labels_N, weights_N, settings_of(call, num_scored)))  # type: ignore[return-value]
 
 
-forward_op: Any = torch.library.custom_op(_NAME, forward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(
+def _forward_fake(
     hidden_RD: Tensor,
     weight_LD: Tensor,
     labels_N: Tensor,
@@ -115,13 +107,7 @@ def backward(
     )
 
 
-backward_op: Any = torch.library.custom_op(
-    f"{_NAME}_backward", backward, mutates_args=("main_grad_LD", "buffer_TM", "total_MD")
-)
-
-
-@backward_op.register_fake
-def _(
+def _backward_fake(
     grad_loss: Tensor,
     hidden_RD: Tensor,
     weight_LD: Tensor,
@@ -163,20 +149,26 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Ten) -> None:
     ctx.call, ctx.num_scored = call, num_scored
 
 
-def _gradients(ctx: Any, grad_loss: Tensor | None, backward_function: Any) -> tuple[Tensor | None, ...]:
+def _arguments(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...] | None:
     if grad_loss is None:
-        return (None,) * 7
+        return None
     hidden_RD, weight_LD, labels_N, weights_N, *kept = ctx.saved_tensors
-    call = settings_of(ctx.call, ctx.num_scored)
     once, ctx.once = ctx.once, None
     if once is None:
-        once = hidden_RD.new_empty(0, dtype=call.dtype), hidden_RD.new_empty(0), kept[0].new_empty(0)
-    grad_RD, grad_LD = backward_function(
-        grad_loss, hidden_RD, weight_LD, labels_N, weights_N, ctx.main_grad_LD, *kept, *once, ctx.call, ctx.num_scored
+        dtype = settings_of(ctx.call, ctx.num_scored).dtype
+        once = hidden_RD.new_empty(0, dtype=dtype), hidden_RD.new_empty(0), kept[0].new_empty(0)
+    return (
+        *(grad_loss, hidden_RD, weight_LD, labels_N, weights_N, ctx.main_grad_LD),
+        *(*kept, *once, ctx.call, ctx.num_scored),
     )
+
+
+def _gradients(ctx: Any, made: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    call = settings_of(ctx.call, ctx.num_scored)
+    grad_RD, grad_LD = made
     grad_weight = grad_LD if call.train_weight else None
     if call.train_weight and ctx.main_grad_LD is not None:
-        grad_weight = _stand_in(weight_LD)
+        grad_weight = _stand_in(ctx.saved_tensors[1])
     return grad_RD if call.train_hidden else None, grad_weight, None, None, None, None, None
 
 
@@ -193,38 +185,15 @@ def _stand_in(weight_LD: Tensor) -> Tensor | None:
     return torch.zeros_like(weight_LD) if getattr(weight_LD, "zero_out_wgrad", False) else torch.empty_like(weight_LD)
 
 
-def _compiled_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, grad_loss, backward_op)
-
-
-forward_op.register_autograd(_compiled_backward, setup_context=_save)
-
-
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs: Any) -> Ten:
-        return forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Ten) -> None:
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad_loss, backward)
-
-
-def run(
-    hidden_RD: Tensor,
-    weight_LD: Tensor,
-    labels_N: Tensor,
-    weights_N: Tensor | None,
-    main_grad_LD: Tensor | None,
-    call: str,
-    num_scored: int,
-) -> Ten:
-    """Returns what `paths.forward` does, of which the loss is differentiable."""
-    way = forward_op if torch.compiler.is_compiling() else _Eager.apply
-    result: Ten = way(hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, call, num_scored)
-    return result
+# As `paths.forward`; of what it returns the loss is differentiable.
+run = GraphOp(
+    "linear_cross_entropy",
+    forward=forward,
+    fake=_forward_fake,
+    backward=backward,
+    backward_fake=_backward_fake,
+    backward_mutates=("main_grad_LD", "buffer_TM", "total_MD"),
+    save=_save,
+    arguments=_arguments,
+    gradients=_gradients,
+)
