@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_cpt.kernels.cross_entropy import plan
 from tests.kernels.guarded import Guard, assert_within_reference_error, guard_allocations
 from tests.kernels.interpreter import mended_interpreter
 
@@ -46,6 +47,12 @@ def triton() -> Iterator[None]:
         pytest.skip("TRITON_INTERPRET is set, and not to 1")
     with mended_interpreter():
         yield
+
+
+@pytest.fixture
+def budget_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the budget alone decide whether logits are kept: tables are so small that a sum over chunks often is less."""
+    monkeypatch.setattr(plan, "allowance", lambda call, *_: call.budget_bytes)
 
 
 @pytest.fixture

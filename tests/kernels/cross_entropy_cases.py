@@ -14,6 +14,8 @@ from megatron_cpt.kernels.cross_entropy import library, linear_cross_entropy
 from tests.kernels.guarded import assert_within_reference_error, guarded
 
 IGNORED = -100
+NUM_TOKENS = 37
+HIDDEN = 24
 WHOLE = 1 << 30
 EVERYTHING: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 4.0, "trainable_rows": 5}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,6 +27,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
 }
 NAMES = ("loss", "nats", "log-sum-exp", "hidden", "weight")
+
+
+def random_labels(vocab_size: int) -> Tensor:
+    """Returns labels of NUM_TOKENS tokens: the first and the last row are among them, and four are ignored."""
+    labels = torch.randint(0, vocab_size, (NUM_TOKENS,))
+    labels[:2], labels[2:4], labels[4:8] = 0, vocab_size - 1, IGNORED
+    return labels
 
 
 @contextmanager

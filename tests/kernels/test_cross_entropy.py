@@ -11,25 +11,14 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_cpt.kernels.cross_entropy import library, linear_cross_entropy, plan, torch_rows
+from megatron_cpt.kernels.cross_entropy import library, linear_cross_entropy, torch_rows
+from tests.kernels.cross_entropy_cases import HIDDEN, IGNORED, NUM_TOKENS, random_labels
 
 # What lies in the padding of a row is computed too and dropped.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-NUM_TOKENS = 37
-HIDDEN = 24
-IGNORED = -100
-
-
-@pytest.fixture(autouse=True)
-def _budget_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the budget alone decide whether logits are kept: tables are so small that a sum over chunks often is less."""
-    monkeypatch.setattr(plan, "allowance", lambda call, *_: call.budget_bytes)
-
-
-def _labels(vocab_size: int) -> Tensor:
-    labels = torch.randint(0, vocab_size, (NUM_TOKENS,))
-    labels[:2], labels[2:4], labels[4:8] = 0, vocab_size - 1, IGNORED
-    return labels
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.usefixtures("budget_alone"),
+]
 
 
 def _native(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -52,7 +41,7 @@ def test_values_and_gradients(
     padded = -(-vocab_size // 8) * 8
     hidden, weight = poisoned(NUM_TOKENS, HIDDEN, dtype=dtype), poisoned(padded, HIDDEN, dtype=dtype)
     weight[vocab_size:] = torch.nan
-    labels, grad = _labels(vocab_size), poisoned(NUM_TOKENS)
+    labels, grad = random_labels(vocab_size), poisoned(NUM_TOKENS)
     row_bytes = dtype.itemsize * vocab_size
 
     def ours(x: Tensor, w: Tensor) -> Tensor:
@@ -70,7 +59,7 @@ def test_values_and_gradients(
 
 def test_logits_of_ten_thousand_stay_exact(assert_accurate: Any) -> None:
     hidden, weight = torch.randn(NUM_TOKENS, HIDDEN), torch.randn(50, HIDDEN) * 1e3
-    labels, grad = _labels(50), torch.randn(NUM_TOKENS)
+    labels, grad = random_labels(50), torch.randn(NUM_TOKENS)
     got = _run(lambda x, w: linear_cross_entropy(x, w, labels, vocab_size=50).loss, hidden, weight, grad)
     native = _run(lambda x, w: _native(x, w, labels), hidden, weight, grad)
     truth = _run(lambda x, w: _native(x, w, labels), hidden.double(), weight.double(), grad.double())
@@ -201,7 +190,7 @@ def test_a_label_outside_the_vocabulary_cannot_pass_unseen(label: int, implement
 def test_backward_twice_gives_the_same_gradients(budget_bytes: int, reduction: Any) -> None:
     hidden, weight = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True), torch.randn(90, HIDDEN, requires_grad=True)
     options = {"vocab_size": 90, "budget_bytes": budget_bytes, "reduction": reduction}
-    loss = linear_cross_entropy(hidden, weight, _labels(90), **options).loss.sum()
+    loss = linear_cross_entropy(hidden, weight, random_labels(90), **options).loss.sum()
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     third = torch.autograd.grad(loss, (hidden, weight))
@@ -233,7 +222,7 @@ def test_tied_weights_get_both_gradients() -> None:
 @pytest.mark.parametrize("budget_bytes", [1 << 20, 4 * 90 * 8], ids=["whole", "chunks"])
 def test_main_grad_receives_the_weights_gradient(budget_bytes: int, reduction: Any) -> None:
     hidden, weight = torch.randn(NUM_TOKENS, HIDDEN).bfloat16(), torch.randn(96, HIDDEN).bfloat16()
-    labels = _labels(90)
+    labels = random_labels(90)
     options: dict[str, Any] = {"vocab_size": 90, "budget_bytes": budget_bytes, "reduction": reduction}
     found = []
     for marks in ({}, {"grad_added_to_main_grad": False}, {"grad_added_to_main_grad": False, "zero_out_wgrad": True}):

@@ -11,26 +11,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cpt.kernels.cross_entropy import linear_cross_entropy, plan
-from tests.kernels.cross_entropy_cases import uncounted
+from megatron_cpt.kernels.cross_entropy import linear_cross_entropy
+from tests.kernels.cross_entropy_cases import HIDDEN, IGNORED, NUM_TOKENS, random_labels, uncounted
 
 # What lies in the padding of a row is computed too and dropped.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-NUM_TOKENS = 37
-HIDDEN = 24
-IGNORED = -100
-
-
-@pytest.fixture(autouse=True)
-def _budget_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the budget alone decide whether logits are kept: tables are so small that a sum over chunks often is less."""
-    monkeypatch.setattr(plan, "allowance", lambda call, *_: call.budget_bytes)
-
-
-def _labels(vocab_size: int) -> Tensor:
-    labels = torch.randint(0, vocab_size, (NUM_TOKENS,))
-    labels[:2], labels[2:4], labels[4:8] = 0, vocab_size - 1, IGNORED
-    return labels
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.usefixtures("budget_alone"),
+]
 
 
 def test_ignored_tokens_and_frozen_rows_are_no_part_of_a_product() -> None:
@@ -92,7 +80,7 @@ def test_ignored_tokens_of_unknown_number_are_computed_and_count_for_nothing(
     budget_bytes: int, reduction: Any, implementation: str
 ) -> None:
     """As on a device that is not waited for."""
-    labels = _labels(40)
+    labels = random_labels(40)
     inputs = torch.randn(NUM_TOKENS, HIDDEN), torch.randn(40, HIDDEN), torch.randn(NUM_TOKENS)
     options = {"vocab_size": 40, "reduction": reduction, "budget_bytes": budget_bytes, "label_smoothing": 0.1}
     found = []

@@ -6,23 +6,20 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from megatron_cpt.kernels.cross_entropy import linear_cross_entropy, plan
+from megatron_cpt.kernels.cross_entropy import linear_cross_entropy
 from tests.kernels.cross_entropy_cases import EVERYTHING, IGNORED, OPTIONS, Case, uncounted
 from tests.kernels.guarded import Guard
 
 # What lies in the padding of a row is computed too and dropped.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.usefixtures("budget_alone"),
+]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Budgets in rows: the whole, a few rows (gradients in forward where there is a reduction), one row.
 BUDGETS = pytest.mark.parametrize("budget_rows", [None, 5, 1], ids=["whole", "chunks", "rows"])
 REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 OF_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-@pytest.fixture(autouse=True)
-def _budget_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the budget alone decide whether logits are kept: tables are so small that a sum over chunks often is less."""
-    monkeypatch.setattr(plan, "allowance", lambda call, *_: call.budget_bytes)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
