@@ -116,22 +116,21 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
             f"{folder}: got Megatron's argument iteration={brief(step)}, expected an integer of 0 to {MAX_SIZE}"
         )
     stated = {"step": step} if step else {}
+    told, told_size = (None, None) if hints.config is None else told_by_config(hints.config)
     vocab_size = (args or {}).get("vocab_size")
-    if args and (hints.config is None or {name for name, value in args.items() if value is not None} >= _SIZES):
+    if args and (told is None or {name for name, value in args.items() if value is not None} >= _SIZES):
         llama = llama_of_args(args, str(folder))
-        if hints.config is not None:
-            told, _ = told_by_config(hints.config)
+        if told is not None:
             llama = llama.model_copy(update={"max_position_embeddings": told.max_position_embeddings})
-    elif hints.config is not None:
+    elif told is not None:
         refuse_other_models(args or {}, str(folder))
-        llama, _ = told_by_config(hints.config)
+        llama = told
     else:
         raise CheckpointError(
             f"{folder} holds neither {MANIFEST} nor Megatron's arguments, so nothing says what model it is; give the "
             "config.json of the model with --config"
         )
     if vocab_size is None:
-        told_size = None if hints.config is None else told_by_config(hints.config)[1]
         vocab_size = hints.vocab_size or told_size or hints.tokenizer_size
     if vocab_size is None and not hints.vocab_known:
         return Described(llama, stored_rows, {**stated, UNKNOWN_VOCAB: True})
@@ -151,9 +150,14 @@ def describe(folder: Path, args: Mapping[str, Any] | None, stored_rows: int, hin
 
 
 def told_by_config(config: Path) -> tuple[LlamaShape, int]:
-    """The architecture and the vocabulary of a config.json, or of the one in a folder, that a user gives."""
+    """The architecture and the vocabulary of a config that a user gives."""
+    return parse_hf_config(*given_config(config))
+
+
+def given_config(config: Path) -> tuple[Any, str]:
+    """The content of a config.json, or of the one in a folder, that a user gives; and its path."""
     path = config / CONFIG if config.is_dir() else config
-    return parse_hf_config(read_json(path, CheckpointError), str(path))
+    return read_json(path, CheckpointError), str(path)
 
 
 def check_hints(hints: Hints, folder: Path, llama: LlamaShape, vocab_size: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.archive import Array, lay_out_archive, read_archive
-from megatron_cpt.checkpoint.described import Hints
+from megatron_cpt.checkpoint.described import Hints, given_config
 from megatron_cpt.checkpoint.files import brief, file_inside, json_inside, not_linked
 from megatron_cpt.checkpoint.hf_config import CONFIG, DECIDED_FIELDS, parse_hf_config
 from megatron_cpt.checkpoint.huggingface import BIN_INDEX, BIN_WEIGHTS, INDEX, WEIGHTS, dense
@@ -124,8 +124,7 @@ def _holds_ranks(folder: Path) -> bool:
 def _config(root: Path, given: Path | None) -> tuple[dict[str, Any], str]:
     """The content of config.json, and its path."""
     if given is not None:
-        path = given / CONFIG if given.is_dir() else given
-        return read_json(path, CheckpointError), str(path)
+        return given_config(given)
     for folder in (root, root.absolute().parent):
         if (folder / CONFIG).exists():
             return read_json(json_inside(folder, CONFIG), CheckpointError), str(folder / CONFIG)
