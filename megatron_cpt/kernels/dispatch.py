@@ -60,7 +60,10 @@ class Choice:
     obstacles: dict[str, str]
 
     def __str__(self) -> str:
-        reasons = "".join(f"; {name} cannot run here: {reason}" for name, reason in self.obstacles.items())
+        names: dict[str, list[str]] = {}
+        for name, reason in self.obstacles.items():
+            names.setdefault(reason, []).append(name)
+        reasons = "".join(f"; {', '.join(those)} cannot run here: {reason}" for reason, those in names.items())
         return f"{self.op}: {self.implementation}{reasons}"
 
 

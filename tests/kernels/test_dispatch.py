@@ -130,3 +130,10 @@ def test_the_ops_need_torch_alone() -> None:
         "assert 'triton' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_choice_says_each_reason_once() -> None:
+    obstacles = {"first": "it needs a GPU", "second": "it needs a GPU", "third": "it has no window"}
+    choice = dispatch.Choice("an op", "torch", print, obstacles)
+    reasons = "first, second cannot run here: it needs a GPU; third cannot run here: it has no window"
+    assert str(choice) == f"an op: torch; {reasons}"
