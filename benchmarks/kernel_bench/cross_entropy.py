@@ -147,12 +147,7 @@ def _ours(inputs: Inputs, machine: Machine) -> list[Provider]:
     default, *others = budgets
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     settings = [(default, bf16, False), (default, fp32, False), (default, fp32, True), (default, bf16, True)]
-    settings += [
-        (default, fp16, False),
-        (others[0], bf16, True),
-        *((other, bf16, False) for other in others),
-        (others[-1], fp32, False),
-    ]
+    settings += [(default, fp16, False), *((other, bf16, False) for other in others), (others[-1], fp32, False)]
     made = []
     for implementation, wanted in (("triton", settings), ("torch", settings[:1])):
         for budget, logits_dtype, into_main_grad in wanted:

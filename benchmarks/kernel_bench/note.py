@@ -15,8 +15,7 @@ Row = dict[str, str]
 DEFAULT = "triton, budget 1 GiB, logits bf16"
 WIDE = "triton, budget 1 GiB, logits fp32"
 SUMMED = ", into main_grad"
-# Chunks and the fp32 sum of a gradient of its own would take more than all logits do; here is no such sum.
-LEAN = "triton, budget 256 MiB, logits bf16" + SUMMED
+LEAN = "triton, budget 256 MiB, logits bf16"
 LOSS = "linear cross-entropy"
 CEILINGS = ("matrix product", "copy", "launch")
 

@@ -53,8 +53,10 @@ class LlamaModel(GPTModel):
 
     Differences from the base class: rotary positions restart with each document; the loss is
     `kernels.linear_cross_entropy` over the true vocabulary, so that logits take bounded memory and
-    padded rows take no part in the softmax. The last stage returns, with labels, the op's results with the
-    summed loss, and without them, for proofs, fp32 logits over the true vocabulary at the wanted positions.
+    padded rows take no part in the softmax, and the head's gradient goes, unrounded, straight into the fp32
+    buffer of megatron-core's data parallelism (`main_grad`). The last stage returns, with labels, the op's
+    results with the summed loss, and without them, for proofs, fp32 logits over the true vocabulary at the
+    wanted positions.
     """
 
     config: LlamaEngineConfig
@@ -92,6 +94,7 @@ class LlamaModel(GPTModel):
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
             reduction="sum",
+            main_grad=getattr(weight_LD, "main_grad", None),
             logits_dtype=config.cross_entropy_logits_dtype,
             budget_bytes=config.cross_entropy_budget_bytes,
             implementation=config.cross_entropy_implementation,

@@ -17,7 +17,8 @@ from megatron_cpt.planning.parameters import rank_parameters
 Precision = Literal["fp32", "bf16"]
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 LOGIT_BYTES = {"fp32": 4, "fp16": 2}
-GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32 at either precision
+# Gradients are accumulated and reduced in fp32 at either precision; backward makes each in that of its weight.
+GRADIENT_BYTES = 4
 # Two moments, and under bf16 the fp32 copy that the optimizer updates; sharded over data parallelism.
 OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
 
@@ -72,7 +73,7 @@ def estimate_memory(
             pipeline_rank=rank,
             parameters=count,
             weights_bytes=count * WEIGHT_BYTES[precision],
-            gradients_bytes=count * GRADIENT_BYTES,
+            gradients_bytes=count * GRADIENT_BYTES + _largest_matrix(shape, layout, rank) * WEIGHT_BYTES[precision],
             optimizer_bytes=-(-count * OPTIMIZER_BYTES[precision] // layout.data_size),
             activations_bytes=_activation_elements(shape, layout, parallel, tokens, rank) * WEIGHT_BYTES[precision],
             logits_bytes=logits if rank == layout.pipeline_size - 1 else 0,
@@ -82,12 +83,19 @@ def estimate_memory(
 
 
 def _logits_bytes(layout: Layout, kernels: KernelConfig, precision: Precision, tokens: int, hidden_size: int) -> int:
-    """The logits held at once: all, or a budget of them and the fp32 sum of the head's gradient if that is less."""
+    """The logits held at once: all, or a budget of them; without tensor parallelism an fp32 sum comes to it."""
     of_weights = kernels.cross_entropy_logits == "model"
     element = WEIGHT_BYTES[precision] if of_weights else LOGIT_BYTES[kernels.cross_entropy_logits]
     logits = tokens * layout.padded_vocab_size // layout.tensor_size * element
-    chunks_sum = GRADIENT_BYTES * layout.padded_vocab_size // layout.tensor_size * hidden_size
+    chunks_sum = GRADIENT_BYTES * layout.padded_vocab_size * hidden_size if layout.tensor_size == 1 else 0
     return min(logits, (kernels.cross_entropy_budget_mib << 20) + chunks_sum)
+
+
+def _largest_matrix(shape: LlamaShape, layout: Layout, rank: int) -> int:
+    """Elements of the stage's largest weight, whose gradient is whole before it is added to the fp32 ones."""
+    has_table = rank in (0, layout.pipeline_size - 1)
+    rows = max(2 * shape.ffn_hidden_size, layout.padded_vocab_size if has_table else 0)
+    return rows * shape.hidden_size // layout.tensor_size
 
 
 def _activation_elements(shape: LlamaShape, layout: Layout, parallel: ParallelConfig, tokens: int, rank: int) -> int:

@@ -105,25 +105,22 @@ def _exact(hidden: Tensor, weight: Tensor, labels_N: Tensor) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "chunked"), [(128256, True), (43177, False), (128256, False), (176000, False)], ids=str
+    ("vocab_size", "gibibytes"), [(43177, 1), (128256, 1), (176000, 1), (128256, 0.25), (176000, 4)], ids=str
 )
 def test_real_sizes(
     vocab_size: int,
-    chunked: bool,
+    gibibytes: float,
     device: str,
     normal: Any,
     sized: Any,
     peak_bytes: Any,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """8192 tokens of 4096: the rule, the same bits twice, and memory: all logits, or a budget and an fp32 sum."""
-    num_tokens, hidden_size, budget = sized((8192, 4096, GIB), (6, 16, 200))
+    """8192 tokens of 4096: the rule, the same bits twice, and memory: never more than the budget and gradients."""
+    num_tokens, hidden_size, budget = sized((8192, 4096, int(gibibytes * GIB)), (6, 16, int(gibibytes * 400)))
     vocab_size = sized(vocab_size, 77)
     hidden = normal(num_tokens, hidden_size).requires_grad_()
     weight = normal(vocab_size, hidden_size, scale=3 / hidden_size**0.5).requires_grad_()
     labels_N = _labels(num_tokens, vocab_size, device)
-    if chunked:  # although all logits take less memory
-        monkeypatch.setattr(plan, "allowance", lambda call, *_: call.budget_bytes)
 
     def run(**options: Any) -> list[Tensor]:
         options = {"vocab_size": vocab_size, "reduction": "mean", "budget_bytes": budget, **options}
@@ -133,9 +130,10 @@ def test_real_sizes(
     got = run()
     assert all(torch.equal(one, other) for one, other in zip(got, run(), strict=True))
     peak = peak_bytes(run)
-    gradients, logits = 2 * (hidden.numel() + weight.numel()), 2 * num_tokens * (vocab_size + 63)
-    held = budget + 4 * weight.numel() if chunked else max(budget, logits)
-    assert peak is None or peak <= held + gradients + (64 << 20)
+    gradients = 2 * (hidden.numel() + weight.numel())
+    # Under a quarter of a GiB an fp32 sum would be needed, and all logits are no larger than that.
+    total = 4 * weight.numel() if gibibytes < 1 else 0
+    assert peak is None or peak <= budget + total + gradients + (64 << 20)
     exact = _exact(hidden, weight, labels_N)
     plain_loss = F.cross_entropy(F.linear(hidden, weight).float(), labels_N)
     plain = [plain_loss.detach(), *torch.autograd.grad(plain_loss, (hidden, weight))]
@@ -146,8 +144,8 @@ def test_real_sizes(
 
 
 def test_main_grad_is_added_to(device: str, normal: Any, sized: Any, peak_bytes: Any) -> None:
-    """The weight's gradient goes into an fp32 tensor that is there: memory is the budget and the tokens' gradient."""
-    num_tokens, hidden_size, vocab_size, budget = sized((8192, 4096, 128256, GIB), (6, 16, 77, 200))
+    """The weight's gradient goes into an fp32 tensor that is there: memory is the logits and the tokens' gradient."""
+    num_tokens, hidden_size, vocab_size, budget = sized((8192, 4096, 43177, GIB), (6, 16, 77, 200))
     hidden = normal(num_tokens, hidden_size).requires_grad_()
     weight = normal(vocab_size, hidden_size, scale=3 / hidden_size**0.5).requires_grad_()
     labels_N, main_grad = (

@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.usefixtures("budget_alone"),
 ]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Budgets in rows: the whole, a few rows (gradients in forward where there is a reduction), one row.
-BUDGETS = pytest.mark.parametrize("budget_rows", [None, 5, 1], ids=["whole", "chunks", "rows"])
+# Budgets in rows: the whole; four chunks, summed where the gradient is; one row, and the sum in fp32.
+BUDGETS = pytest.mark.parametrize("budget_rows", [None, 9, 1], ids=["whole", "chunks", "rows"])
 REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 OF_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 

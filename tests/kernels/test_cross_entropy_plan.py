@@ -28,9 +28,12 @@ CALL = Call(
 )
 
 
-def _plan(num_tokens: int, *, on_cpu: bool = False, hidden_size: int = 64, **changes: Any) -> Plan:
+def _plan(
+    num_tokens: int, *, on_cpu: bool = False, hidden_size: int = 64, weight_itemsize: int = 2, **changes: Any
+) -> Plan:
     call = CALL._replace(**changes)
-    return make_plan(call, num_tokens, max(call.vocab_size - call.vocab_start, 0), hidden_size, on_cpu=on_cpu)
+    rows = max(call.vocab_size - call.vocab_start, 0)
+    return make_plan(call, num_tokens, rows, hidden_size, weight_itemsize=weight_itemsize, on_cpu=on_cpu)
 
 
 def test_the_arguments_travel_as_text() -> None:
@@ -49,20 +52,32 @@ def test_the_arguments_travel_as_text() -> None:
         ({"vocab_size": 43176, "logits_dtype": "float32"}, "forward"),
         ({"num_scored": 4000}, "kept"),
         ({"train_weight": False}, "forward"),
-        ({"has_main_grad": True}, "recompute"),
+        ({"has_main_grad": True}, "forward"),
+        ({"has_main_grad": True, "reduction": "none"}, "recompute"),
         ({"has_main_grad": True, "train_weight": False}, "forward"),
+        # Sums over two chunks are made in the gradient itself: the budget is all that is needed.
+        ({"hidden_size": 4096}, "forward"),
+        ({"hidden_size": 4096, "reduction": "none"}, "recompute"),
         # A sum in fp32 and a chunk would take no less than all logits.
-        ({"hidden_size": 4096}, "kept"),
-        ({"hidden_size": 4096, "reduction": "none"}, "kept"),
-        ({"hidden_size": 4096, "train_weight": False}, "forward"),
-        ({"hidden_size": 4096, "has_main_grad": True}, "recompute"),
-        ({"hidden_size": 4096, "trainable_rows": 128000}, "forward"),
-        ({"hidden_size": 1024}, "forward"),
+        ({"hidden_size": 4096, "has_main_grad": True}, "kept"),
+        ({"hidden_size": 4096, "has_main_grad": True, "reduction": "none"}, "recompute"),
+        ({"hidden_size": 4096, "has_main_grad": True, "train_weight": False}, "forward"),
+        ({"hidden_size": 4096, "has_main_grad": True, "trainable_rows": 128000}, "forward"),
+        ({"hidden_size": 4096, "budget_bytes": 1 << 28}, "kept"),
+        ({"hidden_size": 1024, "budget_bytes": 1 << 28}, "forward"),
         ({"train_weight": False, "train_hidden": False}, "statistics"),
     ],
 )
 def test_the_first_way_that_fits(changes: dict[str, Any], path: str) -> None:
     assert _plan(8192, **changes).path == path
+
+
+def test_many_chunks_of_short_numbers_are_summed_in_fp32() -> None:
+    """Where a sum in the weight's own dtype would be rounded too often, and where it has to wait for backward."""
+    assert not _plan(16384).wide_sum and _plan(20480).wide_sum
+    assert not _plan(20480, weight_itemsize=4).wide_sum
+    assert _plan(16384, has_main_grad=True).wide_sum
+    assert not _plan(20480, has_main_grad=True, reduction="none").wide_sum
 
 
 @pytest.mark.parametrize("num_tokens", [1, 1000, 8192, 8193, 16384, 50000])
@@ -89,5 +104,6 @@ def test_the_least_chunk_of_an_accelerator_may_exceed_a_small_budget() -> None:
 
 
 def test_a_slice_in_the_padding_has_nothing_to_multiply() -> None:
-    plan = make_plan(CALL._replace(vocab_start=200000, group_size=2, group="tp"), 8192, 1000, 64, on_cpu=False)
+    call = CALL._replace(vocab_start=200000, group_size=2, group="tp")
+    plan = make_plan(call, 8192, 1000, 64, weight_itemsize=2, on_cpu=False)
     assert plan.num_columns == 0 and plan.parts() == []

@@ -218,6 +218,38 @@ def test_what_is_added_to_the_loss_is_trained_and_not_logged(mesh: Mesh) -> None
     assert not torch.allclose(*grads)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_heads_gradient_goes_straight_to_main_grad(tied: bool, mesh: Mesh) -> None:
+    """Of two micro-batches, as megatron-core's data parallelism wants it; a tied table gets the embedding's as well."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_cpt.model.layers import PackedDocuments
+
+    documents = PackedDocuments(torch.tensor([0, 8], dtype=torch.int32), torch.arange(8))
+    shape = SHAPE.model_copy(update={"tied_embeddings": tied})
+
+    def step(model: Any) -> None:
+        for shift in range(2):
+            tokens = torch.arange(8)[None] + shift
+            model(tokens, tokens, None, labels=tokens + 1, packed_seq_params=documents).loss.backward()
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(build(mesh, shape))
+        for parameter in models[-1].parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    plain, model = models
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    step(plain)
+    step(DistributedDataParallel(model.config, ddp, model))
+    head = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+    for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert parameter.grad is None and parameter.grad_added_to_main_grad == (name == head)
+        torch.testing.assert_close(parameter.main_grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
 def build_logits(model: Any, tokens: Any, documents: Any) -> Any:
     """Logits at all positions, without labels."""
     return model(tokens, tokens, None, packed_seq_params=documents).detach()

@@ -150,7 +150,10 @@ def test_memory_of_a_70b_as_worked_out_by_hand() -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4, sequence_parallel=True)
     layout = check_layout(LLAMA2_70B, 43176, 128, parallel, batch, 32)
     first, *_, last = estimate_memory(LLAMA2_70B, layout, parallel, batch, "bf16", KernelConfig())
-    assert gib(first.weights_bytes + first.gradients_bytes + first.optimizer_bytes) == pytest.approx(36.6, abs=0.1)
+    # In bf16, before it is added to the fp32 ones: gate and up of one layer, which is more than the table.
+    in_flight = 2 * 28672 * 8192 // 8 * 2
+    state = first.weights_bytes + first.gradients_bytes - in_flight + first.optimizer_bytes
+    assert gib(state) == pytest.approx(36.6, abs=0.1)
     # 20 layers x 4 micro-batches x 4096 tokens x 33.5 D / TP bytes
     assert first.activations_bytes == 80 * 4096 * 33.5 * 8192 / 8
     assert (first.activations_bytes, first.logits_bytes) == (4 * last.activations_bytes, 0)
@@ -180,6 +183,9 @@ def test_memory_follows_interleaving_recomputation_and_sharding() -> None:
     assert first_stage(64)["optimizer"] * 4 == pytest.approx(plain["optimizer"], rel=1e-6)
     assert first_stage(16, KernelConfig(cross_entropy_logits="fp32"))["logits"] == 2 * plain["logits"]
     small = KernelConfig(cross_entropy_budget_mib=1)
-    # In chunks the head's gradient is summed in fp32; all logits of 4096 tokens take less than that.
-    assert first_stage(16, small)["logits"] == plain["logits"] == 4096 * 43264 // 4 * 2
-    assert first_stage(16, small, micro_batch_size=16)["logits"] == (1 << 20) + 4 * 43264 // 4 * 8192
+    assert plain["logits"] == 4096 * 43264 // 4 * 2
+    assert first_stage(16, small)["logits"] == 1 << 20
+    # On one rank the head's gradient waits for backward in fp32; all logits of 4096 tokens take less than that.
+    alone = {"tensor_model_parallel_size": 1, "sequence_parallel": False}
+    assert first_stage(16, small, **alone)["logits"] == 4096 * 43264 * 2
+    assert first_stage(16, small, 16, **alone)["logits"] == (1 << 20) + 4 * 43264 * 8192

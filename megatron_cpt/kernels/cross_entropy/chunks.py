@@ -47,7 +47,8 @@ def row_functions(name: str) -> Any:
 
 def plan_of(call: Call, tokens: int, weight_LD: Tensor) -> Plan:
     """Plans a call on N tokens."""
-    return make_plan(call, tokens, *weight_LD.shape, on_cpu=weight_LD.device.type == "cpu")
+    on_cpu = weight_LD.device.type == "cpu"
+    return make_plan(call, tokens, *weight_LD.shape, weight_itemsize=weight_LD.element_size(), on_cpu=on_cpu)
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -158,58 +159,60 @@ def shard_statistics(rows: Rows, logits: Logits) -> Tensor:
 
 
 class WeightGradient:
-    """Where the weight's gradient goes: into `main_grad`, or into a tensor of its own.
+    """Where the products for the weight's gradient are added up, in the order in which they come.
 
-    A single product is written straight to its place; several are summed in fp32 first.
+    In a new gradient [L, D]; in `main_grad`; or first in a wide sum [M, D] of the trained rows, as `plan.wide_sum`
+    says. `begun` is `total` of an earlier one that this one goes on with.
     """
 
-    def __init__(self, weight_LD: Tensor, main_grad_LD: Tensor | None, call: Call, plan: Plan) -> None:
+    def __init__(
+        self, weight_LD: Tensor, main_grad_LD: Tensor | None, call: Call, plan: Plan, begun: Tensor | None = None
+    ) -> None:
         self.weight_LD, self.main_grad_LD = weight_LD, main_grad_LD
-        self.call = call
+        self.call, self.is_wide = call, plan.wide_sum
         self.trained = slice(first_product_column(call, plan.num_columns), plan.num_columns)
-        self.wanted = call.train_weight
-        self.single = len(plan.parts()) == 1
-        self.total: Tensor | None = None
-        self.result: Tensor | None = None
+        self.total = begun
 
     def add(self, grad_TM: Tensor, tokens_TD: Tensor) -> None:
         """Adds a chunk's part."""
         grad_TM = trained_columns(grad_TM, self.call)
-        if self.main_grad_LD is not None:
+        if self.main_grad_LD is not None and not self.is_wide:
             add_product(self.main_grad_LD[self.trained], grad_TM, tokens_TD)
-        elif self.single:
-            torch.mm(grad_TM.T, tokens_TD, out=self._own())
+        elif self.total is not None:
+            add_product(self.total if self.is_wide else self.total[self.trained], grad_TM, tokens_TD)
+        elif self.is_wide:
+            self.total = tokens_TD.new_empty(grad_TM.shape[1], tokens_TD.shape[1], dtype=wide_dtype(tokens_TD))
+            write_product(grad_TM, tokens_TD, self.total)
         else:
-            self.total = accumulate(self.total, grad_TM, tokens_TD)
+            self.total = self._new_gradient()
+            write_product(grad_TM, tokens_TD, self.total[self.trained])
 
-    def set_scaled(self, total_MD: Tensor, scale: Tensor) -> None:
-        """Makes a finished sum times a factor the gradient; with `main_grad` no path has such a sum."""
-        torch.mul(total_MD, scale, out=self._own())
+    def finish(self, scale: Tensor | None = None) -> Tensor:
+        """Returns the gradient [L, D], times a factor; empty where none is wanted or `main_grad` has it."""
+        nothing = self.weight_LD.new_empty(0)
+        if not self.call.train_weight:
+            return nothing
+        if self.main_grad_LD is not None:
+            if self.total is not None:
+                factor = self.total.new_ones(()) if scale is None else scale
+                self.main_grad_LD[self.trained].addcmul_(self.total, factor)
+            return nothing
+        if self.total is None:
+            return torch.zeros_like(self.weight_LD)
+        if self.is_wide:
+            gradient_LD = self._new_gradient()
+            gradient_LD[self.trained] = self.total if scale is None else self.total.mul_(scale)
+            return gradient_LD
+        if scale is not None:
+            self.total[self.trained] *= scale
+        return self.total
 
-    def finish(self) -> Tensor:
-        """Returns the gradient [L, D]; empty where none is wanted or `main_grad` has it."""
-        if not self.wanted or self.main_grad_LD is not None:
-            return self.weight_LD.new_empty(0)
-        if self.total is not None:
-            self._own().copy_(self.total)
-        return torch.zeros_like(self.weight_LD) if self.result is None else self.result
-
-    def _own(self) -> Tensor:
-        """The trained rows of a new gradient; its other rows are zero."""
-        self.result = torch.empty_like(self.weight_LD)
-        self.result[: self.trained.start] = 0
-        self.result[self.trained.stop :] = 0
-        return self.result[self.trained]
-
-
-def accumulate(total_MD: Tensor | None, grad_TM: Tensor, tokens_TD: Tensor) -> Tensor:
-    """Adds grad.T @ tokens to a sum in fp32 (float64 for float64), which the first product begins."""
-    if total_MD is not None:
-        add_product(total_MD, grad_TM, tokens_TD)
-        return total_MD
-    total_MD = tokens_TD.new_empty(grad_TM.shape[1], tokens_TD.shape[1], dtype=wide_dtype(tokens_TD))
-    write_product(grad_TM, tokens_TD, total_MD)
-    return total_MD
+    def _new_gradient(self) -> Tensor:
+        """A gradient whose frozen and padded rows are zero."""
+        gradient_LD = torch.empty_like(self.weight_LD)
+        gradient_LD[: self.trained.start] = 0
+        gradient_LD[self.trained.stop :] = 0
+        return gradient_LD
 
 
 def trained_columns(grad_TM: Tensor, call: Call) -> Tensor:

@@ -66,7 +66,12 @@ def _forward_fake(
     keeps_buffer = plan.path == "kept" or (in_forward and settings.train_weight)
     buffer = (min(plan.chunk, plan.num_rows), plan.stride) if keeps_buffer else (0,)
     has_total = in_forward and settings.train_weight and plan.num_rows > plan.chunk
-    total = (plan.num_columns - first_product_column(settings, plan.num_columns), hidden_size) if has_total else (0,)
+    total = hidden_RD.new_empty(0)
+    if has_total and plan.wide_sum:
+        num_trained = plan.num_columns - first_product_column(settings, plan.num_columns)
+        total = loss_N.new_empty(num_trained, hidden_size)
+    elif has_total:
+        total = torch.empty_like(weight_LD)
     return (
         loss_N if settings.reduction == "none" else loss_N.new_empty(()),
         nats_N,
@@ -77,7 +82,7 @@ def _forward_fake(
         loss_N.new_empty(()),
         hidden_RD.new_empty(buffer, dtype=settings.dtype),
         hidden_RD.new_empty((plan.num_rows, hidden_size) if in_forward and settings.train_hidden else (0,)),
-        loss_N.new_empty(total),
+        total,
     )
 
 
@@ -94,13 +99,13 @@ def backward(
     denominator: Tensor,
     buffer_TM: Tensor,
     grad_SD: Tensor,
-    total_MD: Tensor,
+    total_LD: Tensor,
     call: str,
     num_scored: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns what `paths.backward` does."""
     kept = paths.Results(
-        grad_loss, lse_N, lse_N, scored_S, scored_S, tokens_SD, denominator, buffer_TM, grad_SD, total_MD
+        grad_loss, lse_N, lse_N, scored_S, scored_S, tokens_SD, denominator, buffer_TM, grad_SD, total_LD
     )
     return paths.backward(
         grad_loss, hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, kept, settings_of(call, num_scored)
@@ -120,12 +125,13 @@ def _backward_fake(
     denominator: Tensor,
     buffer_TM: Tensor,
     grad_SD: Tensor,
-    total_MD: Tensor,
+    total_LD: Tensor,
     call: str,
     num_scored: int,
 ) -> tuple[Tensor, Tensor]:
     settings = settings_of(call, num_scored)
-    returns_weight = settings.train_weight and main_grad_LD is None
+    becomes_gradient = total_LD.dim() == 2 and not plan_of(settings, len(labels_N), weight_LD).wide_sum
+    returns_weight = settings.train_weight and main_grad_LD is None and not becomes_gradient
     return (
         hidden_RD.new_empty(hidden_RD.shape if settings.train_hidden else (0,)),
         weight_LD.new_empty(weight_LD.shape if returns_weight else (0,)),
@@ -156,7 +162,8 @@ def _arguments(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...] 
     once, ctx.once = ctx.once, None
     if once is None:
         dtype = settings_of(ctx.call, ctx.num_scored).dtype
-        once = hidden_RD.new_empty(0, dtype=dtype), hidden_RD.new_empty(0), kept[0].new_empty(0)
+        once = hidden_RD.new_empty(0, dtype=dtype), hidden_RD.new_empty(0), hidden_RD.new_empty(0)
+    ctx.total_LD = once[-1]
     return (
         *(grad_loss, hidden_RD, weight_LD, labels_N, weights_N, ctx.main_grad_LD),
         *(*kept, *once, ctx.call, ctx.num_scored),
@@ -166,7 +173,8 @@ def _arguments(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...] 
 def _gradients(ctx: Any, made: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
     call = settings_of(ctx.call, ctx.num_scored)
     grad_RD, grad_LD = made
-    grad_weight = grad_LD if call.train_weight else None
+    total_LD, ctx.total_LD = ctx.total_LD, None
+    grad_weight = (grad_LD if grad_LD.dim() == 2 else total_LD) if call.train_weight else None
     if call.train_weight and ctx.main_grad_LD is not None:
         grad_weight = _stand_in(ctx.saved_tensors[1])
     return grad_RD if call.train_hidden else None, grad_weight, None, None, None, None, None
@@ -192,7 +200,7 @@ run = GraphOp(
     fake=_forward_fake,
     backward=backward,
     backward_fake=_backward_fake,
-    backward_mutates=("main_grad_LD", "buffer_TM", "total_MD"),
+    backward_mutates=("main_grad_LD", "buffer_TM", "total_LD"),
     save=_save,
     arguments=_arguments,
     gradients=_gradients,

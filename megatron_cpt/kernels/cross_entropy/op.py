@@ -150,11 +150,12 @@ def linear_cross_entropy(
         main_grad: [L, D], fp32: the weight's gradient is added here, in backward, instead of to `weight.grad`. A
             weight with the attribute `grad_added_to_main_grad` has it set to True, as megatron-core's own layers do.
         budget_bytes: the most that a buffer of logits may take; at least one token's logits are held, on other
-            devices than the CPU those of 1024. Logits that fit it as a whole are kept from forward to backward, and
-            also those that take no more than a chunk and the fp32 sum of the weight's gradient [L, D], which chunks
-            without `main_grad` need besides. Otherwise they are made in chunks; without a reduction, with a group or
-            with `main_grad` twice. What is kept lives outside autograd's saved tensors: hooks on those, and
-            torch.utils.checkpoint around the op, neither see nor free it before backward.
+            devices than the CPU those of 1024. Logits that fit it as a whole are kept from forward to backward;
+            otherwise they are made in chunks, without a reduction or with a group twice. Chunks need an fp32 sum of
+            the weight's gradient [L, D] besides where they are more than four and the weight is in 16 bits, and
+            with `main_grad` where they are made once; logits that take no more than a chunk and that sum are kept
+            as well. What is kept lives outside autograd's saved tensors: hooks on those, and torch.utils.checkpoint
+            around the op, neither see nor free it before backward.
         implementation: "auto", or the name of one.
 
     Returns:

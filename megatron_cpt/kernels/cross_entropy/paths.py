@@ -4,14 +4,16 @@ Logits exist in chunks of tokens in a buffer under a budget of bytes, and are tu
 the four ways the first that fits is taken (`plan.make_plan`):
 
 statistics  nothing trains: chunk by chunk, only what the loss needs.
-kept        all logits of this rank fit the budget, or take no more than chunks with the fp32 sum of the weight's
+kept        all logits of this rank fit the budget, or take no more than a chunk and an fp32 sum of the weight's
             gradient would: they are kept for backward, which has the true gradient of every token. Three products,
             no sum over chunks.
-forward     a scalar loss over a whole table, without `main_grad`, to which nothing is added before backward: a
-            chunk's gradients are made right after its logits, of the sum over tokens; backward multiplies them by
-            the loss's gradient. Three products, and the weight's gradient is summed over the chunks in fp32. That of
-            the last chunk is left to backward.
+forward     a scalar loss over a whole table: a chunk's gradients are made right after its logits, of the sum over
+            tokens; backward multiplies them by the loss's gradient. Three products. The last chunk's for the weight
+            is left to backward, and nothing is added to `main_grad` before it.
 recompute   the rest: backward makes the logits again. Four products.
+
+The weight's gradient is summed over the chunks where it is wanted, or, of more than four chunks of 16-bit numbers
+and for a `main_grad` that has to wait for backward, first in fp32 (`plan.Plan.wide_sum`).
 
 Under sequence parallelism the tokens' gradient is on its way to the ranks while the weight's is computed.
 
@@ -32,7 +34,6 @@ from megatron_cpt.kernels.cross_entropy.chunks import (
     Logits,
     Rows,
     WeightGradient,
-    accumulate,
     empty_statistics,
     find_scored,
     log_sum_exp,
@@ -41,7 +42,6 @@ from megatron_cpt.kernels.cross_entropy.chunks import (
     shard_statistics,
     spread,
     token_rows,
-    trained_columns,
 )
 from megatron_cpt.kernels.cross_entropy.exchange import gather_statistics, gather_tokens, scatter_tokens
 from megatron_cpt.kernels.cross_entropy.plan import Call
@@ -62,7 +62,7 @@ class Results(NamedTuple):
     denominator: Tensor  # of the mean; 1 for other reductions
     buffer_TM: Tensor  # logits (kept), or gradients of the last chunk's (forward); rows are padded
     grad_SD: Tensor  # forward: gradient of the tokens
-    total_MD: Tensor  # forward: the weight's gradient without the last chunk's
+    total_LD: Tensor  # forward: the weight's gradient without the last chunk's; a wide sum has the trained rows alone
 
 
 def forward(hidden_RD: Tensor, weight_LD: Tensor, labels_N: Tensor, weights_N: Tensor | None, call: Call) -> Results:
@@ -75,9 +75,9 @@ def forward(hidden_RD: Tensor, weight_LD: Tensor, labels_N: Tensor, weights_N: T
     rows = token_rows(tokens_SD, labels_N, weights_N, scored_S, call)
     logits = Logits(call, plan, weight_LD)
     grad_SD: Tensor | None = None
-    total_MD: Tensor | None = None
+    total_LD: Tensor | None = None
     if plan.path == "forward":
-        statistics_KS, grad_SD, total_MD = _with_gradients(rows, logits)
+        statistics_KS, grad_SD, total_LD = _with_gradients(rows, logits, weight_LD)
     else:
         statistics_KS = shard_statistics(rows, logits)
     if call.group:
@@ -95,12 +95,12 @@ def forward(hidden_RD: Tensor, weight_LD: Tensor, labels_N: Tensor, weights_N: T
         denominator=denominator,
         buffer_TM=logits.buffer_TM if keeps_buffer else hidden_RD.new_empty(0, dtype=call.dtype),
         grad_SD=hidden_RD.new_empty(0) if grad_SD is None else grad_SD,
-        total_MD=hidden_RD.new_empty(0, dtype=lse_N.dtype) if total_MD is None else total_MD,
+        total_LD=hidden_RD.new_empty(0) if total_LD is None else total_LD,
     )
 
 
-def _with_gradients(rows: Rows, logits: Logits) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Statistics and, of the sum of the losses, the gradients of tokens [S, D] and of the weight [M, D].
+def _with_gradients(rows: Rows, logits: Logits, weight_LD: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Statistics and, of the sum of the losses, the gradients of tokens [S, D] and of the weight.
 
     The last chunk's part of the weight's gradient is not in it; what it is made of stays in the buffer.
     """
@@ -108,7 +108,7 @@ def _with_gradients(rows: Rows, logits: Logits) -> tuple[Tensor, Tensor | None, 
     tokens_SD = rows.tokens_SD
     statistics_KS = empty_statistics(plan, call, tokens_SD)
     grad_SD = torch.zeros_like(tokens_SD) if call.train_hidden else None
-    total_MD: Tensor | None = None
+    weight = WeightGradient(weight_LD, None, call, plan)
     grad_S = _token_gradients(statistics_KS.new_ones(()), rows)
     parts = plan.parts()
     for part in parts:
@@ -119,8 +119,8 @@ def _with_gradients(rows: Rows, logits: Logits) -> tuple[Tensor, Tensor | None, 
         if grad_SD is not None:
             torch.mm(grad_TM, logits.weight_MD, out=grad_SD[part])
         if call.train_weight and part is not parts[-1]:
-            total_MD = accumulate(total_MD, trained_columns(grad_TM, call), tokens_SD[part])
-    return statistics_KS, grad_SD, total_MD
+            weight.add(grad_TM, tokens_SD[part])
+    return statistics_KS, grad_SD, weight.total
 
 
 def _losses(
@@ -175,8 +175,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of hidden states [R, D] and weight [L, D]; one that is not wanted is empty.
 
-    `kept.buffer_TM` and `kept.total_MD` are used up. Where the path fills them and they are empty, an earlier
+    `kept.buffer_TM` and `kept.total_LD` are used up. Where the path fills them and they are empty, an earlier
     backward has used them, and the logits are made again. With `main_grad_LD` the weight's gradient is added there.
+    A sum in `kept.total_LD` that is not wide becomes the weight's gradient where it lies, and none is returned.
     """
     plan = plan_of(call, len(labels_N), weight_LD)
     tokens_SD = kept.tokens_SD if kept.tokens_SD.dim() == 2 else hidden_RD
@@ -184,17 +185,17 @@ def backward(
     scale = grad_loss.to(kept.lse_N.dtype)
     if call.reduction == "mean":
         scale = scale / kept.denominator
-    weight = WeightGradient(weight_LD, main_grad_LD, call, plan)
+    begun = kept.total_LD if kept.total_LD.dim() == 2 else None
+    weight = WeightGradient(weight_LD, main_grad_LD, call, plan, begun)
     has_buffer = kept.buffer_TM.dim() == 2
     logits = Logits(call, plan, weight_LD, kept.buffer_TM if has_buffer else None)
     if plan.path == "forward" and (has_buffer or kept.grad_SD.dim() == 2):
         grad_SD = kept.grad_SD * scale if call.train_hidden else hidden_RD.new_empty(0)
         if call.train_weight and plan.parts():
             last = plan.parts()[-1]
-            grad_TM = trained_columns(logits.narrowed(last.stop - last.start), call)
-            total_MD = kept.total_MD if kept.total_MD.dim() == 2 else None
-            weight.set_scaled(accumulate(total_MD, grad_TM, tokens_SD[last]), scale)
-        return _to_tokens(grad_SD, kept, call)[0], weight.finish()
+            weight.add(logits.narrowed(last.stop - last.start), tokens_SD[last])
+        grad_LD = weight.finish(scale)
+        return _to_tokens(grad_SD, kept, call)[0], grad_LD if grad_LD is not begun else weight_LD.new_empty(0)
     if call.reduction == "none":
         scale = select(scale, kept.scored_S, call)
     return _from_logits(rows, _token_gradients(scale, rows), logits, weight, kept, is_written=has_buffer)

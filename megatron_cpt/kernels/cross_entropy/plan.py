@@ -22,6 +22,9 @@ ACCELERATOR_LEAST_ROWS = 1024
 TRITON_STRIDE = 64
 # A matrix product whose operands begin anywhere but at a multiple of 8 elements is a slower one.
 _ALIGNMENT = 64
+# Sums over at most so many chunks are made in the weight's own dtype. Of n chunks of a like size such a sum has
+# sqrt((n + 1) / 2) times the rounding error of one product, 1.6 at most, and needs no memory but the gradient's.
+_MOST_OWN_SUMS = 4
 
 
 class Call(NamedTuple):
@@ -82,6 +85,8 @@ class Plan:
         num_columns: M.
         stride: logits from one row of a buffer to the next, >= M.
         chunk: rows of a buffer.
+        wide_sum: whether products for the weight's gradient are summed in fp32, in a tensor of its own; else they
+            are added where the gradient is wanted.
     """
 
     path: Path
@@ -89,6 +94,7 @@ class Plan:
     num_columns: int
     stride: int
     chunk: int
+    wide_sum: bool
 
     def parts(self) -> list[slice]:
         """Returns the rows of each chunk; none where there is nothing to multiply."""
@@ -114,7 +120,9 @@ def allowance(call: Call, chunk_bytes: int, sum_bytes: int) -> int:
     return max(call.budget_bytes, chunk_bytes + sum_bytes) if sum_bytes else call.budget_bytes
 
 
-def make_plan(call: Call, num_tokens: int, num_local_rows: int, hidden_size: int, *, on_cpu: bool) -> Plan:
+def make_plan(
+    call: Call, num_tokens: int, num_local_rows: int, hidden_size: int, *, weight_itemsize: int, on_cpu: bool
+) -> Plan:
     """Plans a call.
 
     Args:
@@ -122,6 +130,7 @@ def make_plan(call: Call, num_tokens: int, num_local_rows: int, hidden_size: int
         num_tokens: N.
         num_local_rows: L.
         hidden_size: D.
+        weight_itemsize: bytes of an element of the weight.
         on_cpu: whether any number of rows is as good as another.
     """
     num_rows = num_tokens if call.num_scored < 0 else call.num_scored
@@ -134,16 +143,16 @@ def make_plan(call: Call, num_tokens: int, num_local_rows: int, hidden_size: int
     num_chunks = max(-(-num_rows // most), 1)
     even = -(-num_rows // num_chunks)  # chunks of like sizes: none is a remainder of a few rows
     chunk = max(-(-even // granularity) * granularity, 1)
-    sum_bytes = 0
-    if call.train_weight and not call.has_main_grad:
-        sum_bytes = max(call.dtype.itemsize, 4) * (num_columns - first_product_column(call, num_columns)) * hidden_size
+    in_forward = call.reduction != "none" and call.group_size == 1
+    # To `main_grad` backward adds as it goes; what forward makes has to wait for it, and stays as precise meanwhile.
+    wide_sum = in_forward if call.has_main_grad else weight_itemsize < 4 and num_chunks > _MOST_OWN_SUMS
+    num_trained = num_columns - first_product_column(call, num_columns) if call.train_weight else 0
+    sum_bytes = 4 * num_trained * hidden_size if wide_sum else 0
     path: Path
     if not (call.train_hidden or call.train_weight):
         path = "statistics"
     elif num_rows * row_bytes <= allowance(call, chunk * row_bytes, sum_bytes):
         path = "kept"
-    elif call.reduction != "none" and call.group_size == 1 and not (call.train_weight and call.has_main_grad):
-        path = "forward"
     else:
-        path = "recompute"
-    return Plan(path, num_rows, num_columns, stride, max(num_rows, 1) if path == "kept" else chunk)
+        path = "forward" if in_forward else "recompute"
+    return Plan(path, num_rows, num_columns, stride, max(num_rows, 1) if path == "kept" else chunk, wide_sum)
