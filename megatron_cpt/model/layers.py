@@ -1,4 +1,4 @@
-"""The modules that replace megatron-core's own: norm, rotation, core attention over packed documents, activation.
+"""What replaces megatron-core's own modules: layer, norm, rotation, attention over packed documents, activation.
 
 Shape letters: N tokens of a micro-batch, D hidden, H heads, G KV groups, K head size, R = K / 2, F FFN size; on a
 TP rank H, G and F are the local ones.
@@ -6,15 +6,18 @@ TP rank H, G and F are the local ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_cpt.kernels import attention, packed_swiglu, rms_norm, rope
+from megatron_cpt.kernels import add_rms_norm, attention, packed_swiglu, rms_norm, rope
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,41 @@ class RMSNorm(torch.nn.Module):
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise (..., D); statistics in fp32."""
-        return rms_norm(hidden, self.weight, self.epsilon, implementation=self.implementation)
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise (..., D), statistics in fp32; with a residual their sum, which is returned too."""
+        if residual is None:
+            return rms_norm(hidden, self.weight, self.epsilon, implementation=self.implementation)
+        return add_rms_norm(hidden, residual, self.weight, self.epsilon, implementation=self.implementation)
+
+
+class LlamaLayer(TransformerLayer):
+    """megatron-core's layer, in which the residual sum after attention and the norm behind it are one op.
+
+    The engine asks for the sum first and for the norm later; it gets of the second what the first has made. The
+    sum is made under the grad mode of the pass: the engine's `enable_grad` would have a pass that is to be
+    recomputed keep what it computes.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.bias_dropout_add_exec_handler = nullcontext
+        self.self_attn_bda = self._choose_sum
+        self._normalized: Tensor | None = None
+
+    def _choose_sum(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """The engine's way to its sum; Llama has neither bias nor dropout."""
+        return self._add_and_normalise
+
+    def _add_and_normalise(
+        self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
+    ) -> Tensor:
+        self._normalized, total = self.pre_mlp_layernorm(output_with_bias[0], residual)
+        return total
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
+        normalized, self._normalized = self._normalized, None
+        assert normalized is not None
+        return normalized
 
 
 class RotatedSelfAttention(SelfAttention):

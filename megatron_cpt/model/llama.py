@@ -23,7 +23,14 @@ from torch import Tensor
 from megatron_cpt.config.schema import KernelConfig, LlamaShape, LossConfig, ParallelConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.kernels import LinearCrossEntropy, linear_cross_entropy, rotary_table
-from megatron_cpt.model.layers import PackedAttention, PackedDocuments, RMSNorm, RotatedSelfAttention, SwiGLU
+from megatron_cpt.model.layers import (
+    LlamaLayer,
+    PackedAttention,
+    PackedDocuments,
+    RMSNorm,
+    RotatedSelfAttention,
+    SwiGLU,
+)
 from megatron_cpt.planning.layout import Layout
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.mesh import Mesh
@@ -200,6 +207,7 @@ def build_model(config: LlamaEngineConfig, shape: LlamaShape, padded_vocab_size:
                 "(1, 4, 8192), Llama 3.1's; train another model or change the checkpoint's rope_scaling"
             )
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.module = LlamaLayer
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.module = RotatedSelfAttention

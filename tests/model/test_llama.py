@@ -124,13 +124,13 @@ def test_sizes(mesh: Mesh) -> None:
 
 
 def test_own_modules_are_in_place(mesh: Mesh) -> None:
-    from megatron_cpt.model.layers import PackedAttention, RMSNorm, RotatedSelfAttention, SwiGLU
+    from megatron_cpt.model.layers import LlamaLayer, PackedAttention, RMSNorm, RotatedSelfAttention, SwiGLU
 
     model = build(mesh)
     norms = {name.removesuffix(".weight") for name, _ in model.named_parameters() if "norm" in name}
     own = {name for name, module in model.named_modules() if isinstance(module, RMSNorm)}
     assert own == norms and len(own) == 2 * 4 + 1
-    for kind in (PackedAttention, RotatedSelfAttention, SwiGLU):
+    for kind in (LlamaLayer, PackedAttention, RotatedSelfAttention, SwiGLU):
         assert sum(isinstance(module, kind) for module in model.modules()) == 4
     assert not any("DotProductAttention" in type(module).__name__ for module in model.modules())
     assert all(norm.epsilon == SHAPE.norm_epsilon for norm in model.modules() if isinstance(norm, RMSNorm))
