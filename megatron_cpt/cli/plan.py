@@ -36,32 +36,36 @@ def describe(
         resolved: a loaded configuration.
         nproc: processes of a training job; None takes WORLD_SIZE, else one copy of the model. A run
             states its own.
-        is_early: a training job may name a tokenizer and a base that are not there yet: what follows from them is
-            then None.
+        is_early: a training job may name a tokenizer and a base that are not there yet, and what follows from
+            them is then None; and any job kernels that run on another machine.
 
     Returns:
-        `config`, `config_hash` and `jobs`: name -> what `planning.plan_job` returns; of a job whose sources are
-        stated also `sources` and `stages` (see `data.forecast`), and of a training job `missing`: what it names and
-        is not there yet, each with `what`, `path` and `make`, the command that makes it.
+        `config`, `config_hash` and `jobs`: name -> what `planning.plan_job` returns, with `kernels`, why a named one
+        cannot run on this machine, or None; of a job whose sources are stated also `sources` and `stages` (see
+        `data.forecast`), and of a training job `missing`: what it names and is not there yet, each with `what`,
+        `path` and `make`, the command that makes it.
 
     Raises:
-        ConfigError: an impossible layout; KernelUnsupported: a named kernel that cannot run on this machine;
-            DataError: an order that cannot be; CheckpointError, TokenizerError: a model or tokenizer that the
-            configuration names cannot be read.
+        ConfigError: an impossible layout; KernelUnsupported: a named kernel that cannot run on this machine, unless
+            it is early; DataError: an order that cannot be; CheckpointError, TokenizerError: a model or tokenizer
+            that the configuration names cannot be read.
     """
     config = resolved.config
-    jobs = _plan_run(config) if isinstance(config, RunConfig) else {"train": _plan_train(config, nproc, is_early)}
+    if isinstance(config, RunConfig):
+        jobs = _plan_run(config, is_early)
+    else:
+        jobs = {"train": _plan_train(config, nproc, is_early)}
     return {"config": config.model_dump(mode="json"), "config_hash": resolved.hash, "jobs": jobs}
 
 
-def _plan_run(config: RunConfig) -> dict[str, Any]:
+def _plan_run(config: RunConfig, is_early: bool) -> dict[str, Any]:
     base = config.base
     jobs = {}
     vocab_size = base.vocab_size
     if base.path is None:
         assert base.shape is not None and base.train is not None  # a rule of the configuration
         shape = base.shape
-        jobs["base"] = plan_learn("base.train", base.train, shape, vocab_size, config.vocab_divisor)
+        jobs["base"] = plan_learn("base.train", base.train, shape, vocab_size, config.vocab_divisor, is_early)
     else:
         shape, vocab_size = _read_model(base.path)
     if config.tokenizer.method == "extend":
@@ -70,7 +74,7 @@ def _plan_run(config: RunConfig) -> dict[str, Any]:
         vocab_size = (vocab_size + config.tokenizer.num_pieces) // divisor * divisor
     elif config.tokenizer.method == "replace":
         vocab_size = config.tokenizer.vocab_size or vocab_size
-    jobs["adapt"] = plan_learn("train", config.train, shape, vocab_size, config.vocab_divisor)
+    jobs["adapt"] = plan_learn("train", config.train, shape, vocab_size, config.vocab_divisor, is_early)
     if config.train.stages:
         data = config.training_data(os.path.join(config.output, "shards"))
         jobs["adapt"] |= _forecast(data, config.train, config.seed)
@@ -78,46 +82,56 @@ def _plan_run(config: RunConfig) -> dict[str, Any]:
 
 
 def plan_learn(
-    section: str, learn: LearnConfig, shape: LlamaShape, vocab_size: int, vocab_divisor: int
+    section: str, learn: LearnConfig, shape: LlamaShape, vocab_size: int, vocab_divisor: int, is_early: bool = False
 ) -> dict[str, Any]:
-    """The plan of one training job of a run, whose settings stand in `section`.
+    """The plan of one training job of a run, whose settings stand in `section`; see `describe`.
 
     Raises:
-        ConfigError: an impossible layout; KernelUnsupported: a named kernel that cannot run here.
+        ConfigError: an impossible layout; KernelUnsupported: a named kernel that cannot run here, unless it is early.
     """
-    from megatron_cpt.model.kernels import refuse_kernels
     from megatron_cpt.planning import plan_job
 
+    kernels = _kernels_obstacle(learn, shape, is_early, f"{section}.")
     try:
-        refuse_kernels(learn.kernels, learn.precision, shape.head_dim)
-        return plan_job(learn, shape, vocab_size, vocab_divisor, learn.num_processes)
+        return {**plan_job(learn, shape, vocab_size, vocab_divisor, learn.num_processes), "kernels": kernels}
     except ConfigError as caught:
         raise ConfigError(f"{section}: {caught}") from None
+
+
+def _kernels_obstacle(
+    learn: LearnConfig | TrainConfig, shape: LlamaShape | None, is_early: bool, section: str = ""
+) -> str | None:
+    """Why a named kernel cannot run on this machine, or None; an error unless it is early."""
+    from megatron_cpt.model.kernels import refuse_kernels
+
+    try:
+        refuse_kernels(learn.kernels, learn.precision, shape.head_dim if shape else None)
     except KernelUnsupported as caught:
-        raise KernelUnsupported(f"{section}.{caught}") from None
+        if is_early:
+            return f"{section}{caught}"
+        raise KernelUnsupported(f"{section}{caught}") from None
+    return None
 
 
 def _plan_train(config: TrainConfig, nproc: int | None, is_early: bool) -> dict[str, Any]:
-    from megatron_cpt.model.kernels import refuse_kernels
     from megatron_cpt.planning import count_tokens
     from megatron_cpt.tokenizer import load_tokenizer
 
     if nproc is None:
         _world_size(1)  # a variable that is no number is refused, whatever else is there
     missing = _missing(config)
-    refuse_kernels(config.kernels, config.precision, config.shape.head_dim if config.shape else None)
+    kernels = _kernels_obstacle(config, config.shape, is_early)
     if is_early and any(each["what"] in ("tokenizer", "base") for each in missing):
         unknown = ("layout", "vocabulary", "parameters", "flops_per_token", "memory")
         job: dict[str, Any] = {**dict.fromkeys(unknown), "tokens": count_tokens(config)}
     else:
-        job = _plan_model(config, nproc)
+        job = _plan_model(config, nproc, is_early)
     is_there = all(each["what"] != "tokenizer" for each in missing)
     sha256 = load_tokenizer(config.tokenizer).sha256 if is_there else None
-    return {**job, **_forecast(config.data, config, config.seed, sha256), "missing": missing}
+    return {"kernels": kernels, **job, **_forecast(config.data, config, config.seed, sha256), "missing": missing}
 
 
-def _plan_model(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
-    from megatron_cpt.model.kernels import refuse_kernels
+def _plan_model(config: TrainConfig, nproc: int | None, is_early: bool) -> dict[str, Any]:
     from megatron_cpt.planning import plan_job
     from megatron_cpt.tokenizer import load_tokenizer
 
@@ -126,11 +140,12 @@ def _plan_model(config: TrainConfig, nproc: int | None) -> dict[str, Any]:
     else:
         assert config.initial_checkpoint is not None  # a rule of the configuration
         shape, _ = _read_model(config.initial_checkpoint)
-        refuse_kernels(config.kernels, config.precision, shape.head_dim)
+    kernels = _kernels_obstacle(config, shape, is_early)
     parallel = config.parallel
     one_copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     world_size = nproc or _world_size(one_copy)
-    return plan_job(config, shape, load_tokenizer(config.tokenizer).vocab_size, config.vocab_divisor, world_size)
+    vocab_size = load_tokenizer(config.tokenizer).vocab_size
+    return {**plan_job(config, shape, vocab_size, config.vocab_divisor, world_size), "kernels": kernels}
 
 
 def _forecast(
@@ -189,6 +204,8 @@ def render(value: dict[str, Any], resolved: Resolved[RunConfig] | Resolved[Train
             parts += [_facts_table(name, job), _memory_table(job["memory"])]
         else:
             parts.append(Text(f"job: {name}\nlayout, memory and work: unknown, tokenizer or base is not there yet"))
+        if job["kernels"] is not None:
+            parts += [Text(""), Text(f"not on this machine: {job['kernels']}")]
         if "stages" in job:
             parts += [Text(""), _stages_table(job["stages"]), Text(""), _sources_table(job["sources"])]
         if job.get("missing"):

@@ -155,7 +155,7 @@ class TrainDataConfig(Section):
 class KernelConfig(Section):
     """Which implementation each op uses; a named one that cannot run is an error."""
 
-    attention: Literal["auto", "cudnn", "flash", "triton", "torch"] = "auto"
+    attention: Implementation = "auto"
     cross_entropy: Implementation = "auto"
     norm: Implementation = "auto"
     rope: Implementation = "auto"

@@ -42,14 +42,17 @@ def test_samples_longer_than_the_base_can_read(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("verb", [["plan"], ["run", "--dry-run"], ["run"]])
-@pytest.mark.parametrize(
+KERNELS = pytest.mark.parametrize(
     ("setting", "told"),
     [
         ("train.kernels.norm=triton", "train.kernels.norm: rms_norm: 'triton' cannot run here: "),
-        ("base.train.kernels.attention=cudnn", "base.train.kernels.attention: attention: 'cudnn' cannot run here: "),
+        ("base.train.kernels.attention=triton", "base.train.kernels.attention: attention: 'triton' cannot run here: "),
     ],
 )
+
+
+@pytest.mark.parametrize("verb", [["run", "--dry-run"], ["run"]])
+@KERNELS
 def test_kernels_that_cannot_run(
     setting: str, told: str, verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -61,6 +64,22 @@ def test_kernels_that_cannot_run(
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {told}") and not printed.out and not run.exists()
     assert "use 'auto' to let the op choose" in printed.err
+
+
+@KERNELS
+def test_kernels_of_another_machine_are_planned(
+    setting: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("MEGATRON_CPT_DEVICE", "cpu")
+    words = ["plan", "quickstart", "--set", f"output={tmp_path / 'run'}", "--set", setting]
+    assert main(words) == 0
+    assert f"not on this machine: {told}"[:60] in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    jobs = json.loads(capsys.readouterr().out)["jobs"]
+    found = [job["kernels"] for job in jobs.values()]
+    assert sorted(message is None for message in found) == [False, True]
+    assert any(message is not None and message.startswith(told) for message in found)
 
 
 def test_texts_that_are_not_there(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
