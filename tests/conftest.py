@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton decides when it is imported whether it compiles its kernels or interprets them, so this cannot wait for
 # tests/kernels. Only a call that names the implementation takes interpreted kernels.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests start hundreds of processes; without cached byte code each compiles every module that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Ranks that tests start run modules of the tests; the current folder is not on their path.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
 

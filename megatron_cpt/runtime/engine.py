@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import logging
+import marshal
 import sys
 import types
 import warnings
@@ -64,6 +66,11 @@ class _DefaultGenerators:
 
     def __getitem__(self, index: int) -> torch.Generator:
         return torch.default_generator
+
+
+@functools.cache
+def _rewriting_source() -> bytes:
+    return Path(__file__).read_bytes()
 
 
 def _no_op(*_: Any, **__: Any) -> None:
@@ -160,8 +167,8 @@ class _Rewriter(ast.NodeTransformer):
 class _Loader(importlib.machinery.SourceFileLoader):
     """Compiles a rewritten megatron-core module.
 
-    Its byte code is not cached, it would be the wrong one; a module that does not name CUDA is not
-    rewritten and keeps the cached one.
+    Its byte code is cached beside that of the module as it stands, which nothing here touches, under the device's
+    name and with a hash of both sources. A module that does not name CUDA is not rewritten and keeps the usual one.
     """
 
     device = "cpu"
@@ -171,8 +178,16 @@ class _Loader(importlib.machinery.SourceFileLoader):
         source = self.get_data(self.path)
         if b"cuda" not in source:
             return super().get_code(fullname)  # type: ignore[return-value]
+        cache = importlib.util.cache_from_source(self.path, optimization=f"{sys.flags.optimize}{self.device}")
+        head = importlib.util.MAGIC_NUMBER + importlib.util.source_hash(_rewriting_source() + source)
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # none is there, or it is damaged
+            cached = self.get_data(cache)
+            if cached.startswith(head):
+                return marshal.loads(cached[len(head) :])  # type: ignore[no-any-return]
         tree = _Rewriter(self.device).visit(ast.parse(source))
         code: types.CodeType = compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
+        if not sys.dont_write_bytecode:
+            self.set_data(cache, head + marshal.dumps(code))  # does nothing where it cannot write
         return code
 
     def exec_module(self, module: types.ModuleType) -> None:

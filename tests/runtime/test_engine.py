@@ -124,6 +124,41 @@ except Exception as caught:
     assert seen["second device"].startswith("ConfigError: the engine of this process was set up for 'cpu', got 'toy'")
 
 
+def test_byte_code_is_cached_apart_from_that_of_the_module_as_it_stands(stand_in: Path) -> None:
+    seen = see(
+        """
+import importlib, marshal
+from importlib.util import cache_from_source
+install_engine("cpu")
+
+def literal():
+    sys.modules.pop("megatron.core.spellings", None)
+    importlib.invalidate_caches()
+    return importlib.import_module("megatron.core.spellings").literal
+
+seen["first"] = literal()
+source = Path(sys.modules["megatron.core.spellings"].__file__)
+cached, usual = (Path(cache_from_source(str(source), optimization=name)) for name in ("0cpu", ""))
+seen["usual"] = usual.exists()
+head = cached.read_bytes()[:12]
+other = head + marshal.dumps(compile("literal = 'from the cache'", "spellings.py", "exec"))
+seen["again"] = []
+for content in (other, other[:-5], head, b"", bytes(12) + other[12:]):
+    cached.write_bytes(content)
+    seen["again"].append(literal())
+source.write_text(source.read_text().replace('"cuda", "cuda:0"', '"new", "cuda:0"'))
+seen["changed"] = literal()
+sys.dont_write_bytecode = True
+cached.unlink()
+seen["unwritten"] = literal(), cached.exists()
+""",
+        stand_in,
+    )
+    assert seen["first"] == "cpu" and not seen["usual"]
+    assert seen["again"] == ["from the cache", *["cpu"] * 4]  # what is damaged, or of another source, is made anew
+    assert seen["changed"] == "new" and seen["unwritten"] == ["new", False]
+
+
 def test_the_device_is_a_parameter(stand_in: Path) -> None:
     seen = see(
         """
