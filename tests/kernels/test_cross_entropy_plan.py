@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_cpt.kernels.cross_entropy.plan import Call, Plan, decode, make_plan
 
@@ -29,11 +30,16 @@ CALL = Call(
 
 
 def _plan(
-    num_tokens: int, *, on_cpu: bool = False, hidden_size: int = 64, weight_itemsize: int = 2, **changes: Any
+    num_tokens: int,
+    *,
+    on_cpu: bool = False,
+    hidden_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    **changes: Any,
 ) -> Plan:
     call = CALL._replace(**changes)
     rows = max(call.vocab_size - call.vocab_start, 0)
-    return make_plan(call, num_tokens, rows, hidden_size, weight_itemsize=weight_itemsize, on_cpu=on_cpu)
+    return make_plan(call, num_tokens, rows, hidden_size, weight_dtype=dtype, on_cpu=on_cpu)
 
 
 def test_the_arguments_travel_as_text() -> None:
@@ -73,9 +79,10 @@ def test_the_first_way_that_fits(changes: dict[str, Any], path: str) -> None:
 
 
 def test_many_chunks_of_short_numbers_are_summed_in_fp32() -> None:
-    """Where a sum in the weight's own dtype would be rounded too often, and where it has to wait for backward."""
+    """Where a sum in the weight's own dtype would be rounded too often or too large, and where it has to wait."""
     assert not _plan(16384).wide_sum and _plan(20480).wide_sum
-    assert not _plan(20480, weight_itemsize=4).wide_sum
+    assert not _plan(20480, dtype=torch.float32).wide_sum
+    assert _plan(8192, dtype=torch.float16).wide_sum and not _plan(4096, dtype=torch.float16).wide_sum
     assert _plan(16384, has_main_grad=True).wide_sum
     assert not _plan(20480, has_main_grad=True, reduction="none").wide_sum
 
@@ -105,5 +112,5 @@ def test_the_least_chunk_of_an_accelerator_may_exceed_a_small_budget() -> None:
 
 def test_a_slice_in_the_padding_has_nothing_to_multiply() -> None:
     call = CALL._replace(vocab_start=200000, group_size=2, group="tp")
-    plan = make_plan(call, 8192, 1000, 64, weight_itemsize=2, on_cpu=False)
+    plan = make_plan(call, 8192, 1000, 64, weight_dtype=torch.bfloat16, on_cpu=False)
     assert plan.num_columns == 0 and plan.parts() == []

@@ -48,7 +48,7 @@ def row_functions(name: str) -> Any:
 def plan_of(call: Call, tokens: int, weight_LD: Tensor) -> Plan:
     """Plans a call on N tokens."""
     on_cpu = weight_LD.device.type == "cpu"
-    return make_plan(call, tokens, *weight_LD.shape, weight_itemsize=weight_LD.element_size(), on_cpu=on_cpu)
+    return make_plan(call, tokens, *weight_LD.shape, weight_dtype=weight_LD.dtype, on_cpu=on_cpu)
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

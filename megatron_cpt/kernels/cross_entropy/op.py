@@ -152,10 +152,10 @@ def linear_cross_entropy(
         budget_bytes: the most that a buffer of logits may take; at least one token's logits are held, on other
             devices than the CPU those of 1024. Logits that fit it as a whole are kept from forward to backward;
             otherwise they are made in chunks, without a reduction or with a group twice. Chunks need an fp32 sum of
-            the weight's gradient [L, D] besides where they are more than four and the weight is in 16 bits, and
-            with `main_grad` where they are made once; logits that take no more than a chunk and that sum are kept
-            as well. What is kept lives outside autograd's saved tensors: hooks on those, and torch.utils.checkpoint
-            around the op, neither see nor free it before backward.
+            the weight's gradient [L, D] besides where they are more than four and the weight is in bf16, where it
+            is in fp16, and with `main_grad` where they are made once; logits that take no more than a chunk and
+            that sum are kept as well. What is kept lives outside autograd's saved tensors: hooks on those, and
+            torch.utils.checkpoint around the op, neither see nor free it before backward.
         implementation: "auto", or the name of one.
 
     Returns:

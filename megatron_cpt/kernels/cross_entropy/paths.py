@@ -12,8 +12,8 @@ forward     a scalar loss over a whole table: a chunk's gradients are made right
             is left to backward, and nothing is added to `main_grad` before it.
 recompute   the rest: backward makes the logits again. Four products.
 
-The weight's gradient is summed over the chunks where it is wanted, or, of more than four chunks of 16-bit numbers
-and for a `main_grad` that has to wait for backward, first in fp32 (`plan.Plan.wide_sum`).
+The weight's gradient is summed over the chunks where it is wanted, or, of more than four chunks in bf16, of any in
+fp16, and for a `main_grad` that has to wait for backward, first in fp32 (`plan.Plan.wide_sum`).
 
 Under sequence parallelism the tokens' gradient is on its way to the ranks while the weight's is computed.
 

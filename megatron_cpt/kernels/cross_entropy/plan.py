@@ -22,8 +22,9 @@ ACCELERATOR_LEAST_ROWS = 1024
 TRITON_STRIDE = 64
 # A matrix product whose operands begin anywhere but at a multiple of 8 elements is a slower one.
 _ALIGNMENT = 64
-# Sums over at most so many chunks are made in the weight's own dtype. Of n chunks of a like size such a sum has
-# sqrt((n + 1) / 2) times the rounding error of one product, 1.6 at most, and needs no memory but the gradient's.
+# Sums of bf16 over at most so many chunks are made in bf16. Of n chunks of a like size such a sum has sqrt((n + 1) / 2)
+# times the rounding error of one product, 1.6 at most (1.9 where a factor of the loss comes to it that is no power of
+# two), and needs no memory but the gradient's. fp16 has not the range for the sum over tokens of which a mean is made.
 _MOST_OWN_SUMS = 4
 
 
@@ -121,7 +122,7 @@ def allowance(call: Call, chunk_bytes: int, sum_bytes: int) -> int:
 
 
 def make_plan(
-    call: Call, num_tokens: int, num_local_rows: int, hidden_size: int, *, weight_itemsize: int, on_cpu: bool
+    call: Call, num_tokens: int, num_local_rows: int, hidden_size: int, *, weight_dtype: torch.dtype, on_cpu: bool
 ) -> Plan:
     """Plans a call.
 
@@ -130,7 +131,7 @@ def make_plan(
         num_tokens: N.
         num_local_rows: L.
         hidden_size: D.
-        weight_itemsize: bytes of an element of the weight.
+        weight_dtype: of the weight and its gradient.
         on_cpu: whether any number of rows is as good as another.
     """
     num_rows = num_tokens if call.num_scored < 0 else call.num_scored
@@ -144,8 +145,9 @@ def make_plan(
     even = -(-num_rows // num_chunks)  # chunks of like sizes: none is a remainder of a few rows
     chunk = max(-(-even // granularity) * granularity, 1)
     in_forward = call.reduction != "none" and call.group_size == 1
+    own_sums = {torch.float16: 1, torch.bfloat16: _MOST_OWN_SUMS}.get(weight_dtype, num_chunks)
     # To `main_grad` backward adds as it goes; what forward makes has to wait for it, and stays as precise meanwhile.
-    wide_sum = in_forward if call.has_main_grad else weight_itemsize < 4 and num_chunks > _MOST_OWN_SUMS
+    wide_sum = in_forward if call.has_main_grad else num_chunks > own_sums
     num_trained = num_columns - first_product_column(call, num_columns) if call.train_weight else 0
     sum_bytes = 4 * num_trained * hidden_size if wide_sum else 0
     path: Path
