@@ -60,6 +60,7 @@ class Tiny:
                     {"prefix": str(self.root / "b"), "language": "b", "weight": 1.0},
                 ],
                 "validation": [{"prefix": str(self.root / "held"), "language": "a"}],
+                "loader_workers": 0,  # a process more for each rank of each job
             },
             "log_interval_steps": 1,
             **changes,
