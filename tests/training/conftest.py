@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +23,10 @@ from megatron_cpt.checkpoint.metadata import Chunk, read_index, write_index
 from megatron_cpt.checkpoint.random import write_random_hf
 from megatron_cpt.config.schema import LlamaShape, TrainConfig
 from megatron_cpt.data import Document, build_dataset
-from megatron_cpt.runtime.launcher import launch
 from megatron_cpt.training.job import run_job
 from megatron_cpt.training.metrics import read_metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = LlamaShape(
     num_layers=8,
     hidden_size=32,
@@ -68,7 +73,7 @@ class Tiny:
         return TrainConfig.model_validate(document)
 
     def train_many(self, jobs: dict[str, dict[str, Any]], num_processes: int) -> dict[str, list[dict[str, Any]]]:
-        """Run several jobs in one set of processes: name -> changes; returns name -> metrics.
+        """Run several jobs one after another in one set of processes: name -> changes; returns name -> metrics.
 
         A job named `failing-...` may fail; its error is in `<name>.error` beside its configuration.
         """
@@ -77,7 +82,17 @@ class Tiny:
             config = self.config(**{"output": self.root / name, **changes})
             paths.append(str(self.root / f"{name}.json"))
             Path(paths[-1]).write_text(config.model_dump_json())
-        launch("tests.training.many_jobs", [str(num_processes), *paths], 1, self.root / "logs" / "-".join(jobs))
+        log_folder = self.root / "logs" / f"{'-'.join(jobs)}.{num_processes}"
+        while log_folder.exists():  # a job that goes on
+            log_folder = log_folder.with_name(f"{log_folder.name}-more")
+        trainer = start_trainer()
+        assert trainer.stdin is not None and trainer.stdout is not None
+        trainer.stdin.write(json.dumps([num_processes, str(log_folder), paths]) + "\n")
+        trainer.stdin.flush()
+        answer = trainer.stdout.readline()
+        assert answer, f"the process that trains has ended with code {trainer.wait()}"
+        logs = [path.read_text(errors="replace")[-4000:] for path in sorted(log_folder.iterdir())]
+        assert not json.loads(answer), "\n".join([json.loads(answer), *logs])
         errors = {path.stem: path.read_text() for path in self.root.glob("*.error") if path.stem in jobs}
         assert all(name.startswith("failing-") for name in errors), errors
         return {name: read_metrics(self.root / name) for name in jobs}
@@ -86,6 +101,15 @@ class Tiny:
         """Run a job and return its metrics."""
         run_job(self.config(output, **changes), num_processes)
         return read_metrics(output)
+
+
+@functools.cache
+def start_trainer() -> subprocess.Popen[str]:
+    """Start the process that trains for `train_many`; it ends with its standard input, that is with this process."""
+    command = [sys.executable, "-m", "tests.training.many_jobs"]
+    trainer = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    atexit.register(trainer.communicate)
+    return trainer
 
 
 def write_documents(seed: int, count: int) -> list[Document]:

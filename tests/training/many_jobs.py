@@ -1,7 +1,7 @@
-"""Several training jobs one after another in the same processes, to pay for imports once.
+"""Training jobs in ranks that are forked from one process that has imported everything: imports are paid for once.
 
-`python -m tests.training.many_jobs NUM_PROCESSES CONFIG.json...`: what `training.worker` does, for each file, in
-ranks that are forked from one process that has imported everything. What a job fails with goes to CONFIG.error.
+`python -m tests.training.many_jobs` takes lines [NUM_PROCESSES, LOG_FOLDER, [CONFIG.json, ...]] and does what
+`training.worker` does, for each file in turn. What a job fails with goes to CONFIG.error.
 Every rank leaves the weights that it held at the last save in CONFIG.rank_R.pt, in its own names and cuts.
 In a job named `slow-...` a validation, and the wait for the first batch, take an hour each by the clock that it is
 measured with. In a job named `bucketed-...` a bucket is full at 1,000 numbers, as others are at 40 million.
@@ -9,9 +9,11 @@ measured with. In a job named `bucketed-...` a bucket is full at 1,000 numbers, 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -26,7 +28,7 @@ from megatron_cpt.config.schema import TrainConfig
 from megatron_cpt.errors import CptError
 from megatron_cpt.runtime.device import current_device
 from megatron_cpt.runtime.engine import install_engine
-from megatron_cpt.runtime.launcher import die_with_launcher, free_port
+from megatron_cpt.runtime.launcher import free_port
 from megatron_cpt.training.job import prepare
 
 
@@ -120,24 +122,47 @@ def run_rank(rank: int, num_processes: int, paths: list[str], ports: list[int]) 
             Path(path).with_suffix(".error").write_text(f"{type(caught).__name__}: {caught}")
 
 
-def main(num_processes: int, paths: list[str]) -> None:
-    die_with_launcher()
+def import_everything() -> None:
+    """What a rank needs; also torch's compiler, which the first optimizer imports."""
     install_engine(current_device().type)
-    # Before the fork; the first optimizer imports torch's compiler.
     import torch._dynamo  # noqa: F401
 
     import megatron_cpt.training.loop  # noqa: F401
 
-    ports = [free_port() for _ in paths]
-    if num_processes == 1:
-        run_rank(0, 1, paths, ports)
-        return
+
+def main(num_processes: int, paths: list[str]) -> None:
+    """Run jobs of one process in this one."""
+    import_everything()
+    run_rank(0, num_processes, paths, [free_port() for _ in paths])
+
+
+def run_logged(rank: int, num_processes: int, paths: list[str], ports: list[int], log_folder: Path) -> None:
+    """`run_rank`, with all that it says in a file."""
+    log = os.open(log_folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    run_rank(rank, num_processes, paths, ports)
+
+
+def serve() -> None:
+    """Answer requests, a line of JSON each, until there are no more: "" or what went wrong."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import_everything()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}  # as the launcher
     # A fork spares each rank the imports; elsewhere than on Linux it is not safe.
     method = "fork" if sys.platform == "linux" else "spawn"
-    torch.multiprocessing.start_processes(
-        run_rank, (num_processes, paths, ports), nprocs=num_processes, start_method=method
-    )
+    for line in sys.stdin:
+        num_processes, log_folder, paths = json.loads(line)
+        Path(log_folder).mkdir(parents=True)
+        arguments = num_processes, paths, [free_port() for _ in paths], Path(log_folder)
+        answer = ""
+        try:
+            torch.multiprocessing.start_processes(run_logged, arguments, nprocs=num_processes, start_method=method)
+        except Exception:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    serve()

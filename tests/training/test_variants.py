@@ -53,7 +53,9 @@ def runs(tiny: Tiny) -> dict[str, list[dict[str, Any]]]:
     data = tiny.config(tiny.root / "unused").model_dump(mode="json")["data"]
     one_language = {"data": {**data, "train": [{**source, "language": "a"} for source in data["train"]]}}
     # Ranks find nothing packed here: the first of them packs while the others wait.
-    packed = {"data": {**data, "loader_workers": 1, "train": [{**source, "packing": "best_fit"} for source in data["train"]]}}
+    packed = {
+        "data": {**data, "loader_workers": 1, "train": [{**source, "packing": "best_fit"} for source in data["train"]]}
+    }
     # The first update of Adam is the learning rate times the sign of the gradient.
     optimizer = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_grad": 0.0, "vocabulary_learning_rate_factor": 3.0}
     factor = {**given["llama3"], "optimizer": optimizer, "train_steps": 1}
