@@ -24,8 +24,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 demo: setup ## run the whole path on the built-in bilingual world
 	@test "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 2 || export MEGATRON_CPT_DEVICE=cpu; $(BIN)/megatron-cpt run quickstart
 
-test: setup ## run all tests, a process for each core, four at most
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: setup ## run all tests, in a process for each core and one more, four at most
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # On a machine with a GPU the kernels need what its own Python has, and no setup.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

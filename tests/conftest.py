@@ -25,6 +25,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("P
 _FIRST = ("tests/training/", "tests/pipeline/", "tests/examples/")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than cores: tests wait for processes that they start, and for files to be on the disk."""
+    return min((os.cpu_count() or 1) + 1, 4)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files whose tests take minutes come first, so that none of them is left for one process at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))

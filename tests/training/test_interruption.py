@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -50,8 +51,20 @@ def start(module: list[str], config: Path, *options: str) -> subprocess.Popen[st
 
 
 def descendants(pid: int) -> list[int]:
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:  # it has ended meanwhile
+        return []
     return children + [below for child in children for below in descendants(child)]
+
+
+def loader_workers(pid: int) -> list[int]:
+    found = []
+    for each in descendants(pid):
+        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+            if b".loader_worker" in Path(f"/proc/{each}/cmdline").read_bytes():
+                found.append(each)
+    return found
 
 
 def end_all(processes: list[int]) -> str:
@@ -102,11 +115,8 @@ def test_killed_job_goes_on_as_if_it_had_not_been(undisturbed: Path, tiny: Tiny)
     job = start(["megatron_cpt.cli.main"], config, "--nproc", "2", "--json")
     for number in (reached + 1, reached + 4):
         assert wait_until(lambda least=number: read_metrics(output)[-1]["step"] >= least, 60)  # type: ignore[misc]
-        workers = [
-            pid for pid in descendants(job.pid) if b".loader_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        assert len(workers) == 2
-        for pid in workers:
+        assert wait_until(lambda: len(loader_workers(job.pid)) == 2, 60)  # one that was killed is started again
+        for pid in loader_workers(job.pid):
             os.kill(pid, signal.SIGKILL)
     out, error = job.communicate(timeout=120)
     assert job.returncode == 0, error
