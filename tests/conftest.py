@@ -25,6 +25,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("P
 _FIRST = ("tests/training/", "tests/pipeline/", "tests/examples/")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than cores: tests wait for processes that they start, and for files to be on the disk."""
     return min((os.cpu_count() or 1) + 1, 4)

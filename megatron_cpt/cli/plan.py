@@ -68,6 +68,12 @@ def _plan_run(config: RunConfig, is_early: bool) -> dict[str, Any]:
         jobs["base"] = plan_learn("base.train", base.train, shape, vocab_size, config.vocab_divisor, is_early)
     else:
         shape, vocab_size = _read_model(base.path)
+    embedding, head = config.surgery.embedding, config.surgery.head
+    if shape.tied_embeddings and embedding != head:
+        raise ConfigError(
+            f"surgery.embedding makes rows by {embedding.method!r} and surgery.head by {head.method!r}, but the base "
+            "ties its head to its embedding; give one method, with the same options, for both"
+        )
     if config.tokenizer.method == "extend":
         # The most it can become: pieces that the base has already, and a rest of the divisor, are dropped.
         divisor = config.tokenizer.divisor

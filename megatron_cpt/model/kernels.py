@@ -39,7 +39,7 @@ def kernel_choices(kernels: KernelConfig, precision: str, head_size: int | None)
     facts: dict[str, object] = {
         "device": current_device().type,
         "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
-        # Attention is asked again for each batch; packed documents differ in length, but for a batch now and then.
+        # "auto" is asked again for each batch; packed documents differ in length, but for a batch now and then.
         "one_length": False,
     }
     if head_size is not None:

@@ -77,7 +77,7 @@ class LlamaLayer(TransformerLayer):
         super().__init__(*arguments, **options)
         self.bias_dropout_add_exec_handler = nullcontext
         self.self_attn_bda = self._choose_sum
-        self._normalized: Tensor | None = None
+        self._made: tuple[Tensor, Tensor] | None = None  # the normalised sum, and the sum
 
     def _choose_sum(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The engine's way to its sum; Llama has neither bias nor dropout."""
@@ -86,12 +86,12 @@ class LlamaLayer(TransformerLayer):
     def _add_and_normalise(
         self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
     ) -> Tensor:
-        self._normalized, total = self.pre_mlp_layernorm(output_with_bias[0], residual)
-        return total
+        self._made = self.pre_mlp_layernorm(output_with_bias[0], residual)
+        return self._made[1]
 
     def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
-        normalized, self._normalized = self._normalized, None
-        assert normalized is not None
+        assert self._made is not None and hidden_states is self._made[1]
+        normalized, self._made = self._made[0], None
         return normalized
 
 

@@ -60,8 +60,8 @@ class LlamaModel(GPTModel):
 
     Differences from the base class: rotary positions restart with each document; the loss is
     `kernels.linear_cross_entropy` over the true vocabulary, so that logits take bounded memory and
-    padded rows take no part in the softmax, and the head's gradient goes, unrounded, straight into the fp32
-    buffer of megatron-core's data parallelism (`main_grad`). The last stage returns, with labels, the op's
+    padded rows take no part in the softmax, and the head's gradient goes straight into the fp32 buffer
+    of megatron-core's data parallelism (`main_grad`), on a GPU unrounded. The last stage returns, with labels, the op's
     results with the summed loss, and without them, for proofs, fp32 logits over the true vocabulary at the
     wanted positions.
     """

@@ -94,7 +94,8 @@ def _logits_bytes(layout: Layout, kernels: KernelConfig, precision: Precision, t
 def _largest_matrix(shape: LlamaShape, layout: Layout, rank: int) -> int:
     """Elements of the stage's largest weight, whose gradient is whole before it is added to the fp32 ones."""
     has_table = rank in (0, layout.pipeline_size - 1)
-    rows = max(2 * shape.ffn_hidden_size, layout.padded_vocab_size if has_table else 0)
+    has_layers = any(layout.layers_per_stage[rank :: layout.pipeline_size])
+    rows = max(2 * shape.ffn_hidden_size * has_layers, layout.padded_vocab_size * has_table)
     return rows * shape.hidden_size // layout.tensor_size
 
 

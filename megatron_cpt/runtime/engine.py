@@ -39,6 +39,8 @@ from megatron_cpt.errors import ConfigError
 
 PACKAGE = "megatron.core"
 NAMESPACE = "_engine_device_namespace"
+_HASH_BYTES = 8
+_hash = importlib.util.source_hash
 
 # Rewrites of a reviewed release over the whole wheel, by kind (see `count_rewrites`).
 REVIEWED_REWRITES: dict[str, dict[str, int]] = {
@@ -168,7 +170,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
     """Compiles a rewritten megatron-core module.
 
     Its byte code is cached beside that of the module as it stands, which nothing here touches, under the device's
-    name and with a hash of both sources. A module that does not name CUDA is not rewritten and keeps the usual one.
+    name and with hashes of both sources, the place and itself. A module that does not name CUDA is not rewritten and
+    keeps the usual one.
     """
 
     device = "cpu"
@@ -178,16 +181,19 @@ class _Loader(importlib.machinery.SourceFileLoader):
         source = self.get_data(self.path)
         if b"cuda" not in source:
             return super().get_code(fullname)  # type: ignore[return-value]
+        path = self.path.encode(errors="surrogateescape")  # tracebacks name it
         cache = importlib.util.cache_from_source(self.path, optimization=f"{sys.flags.optimize}{self.device}")
-        head = importlib.util.MAGIC_NUMBER + importlib.util.source_hash(_rewriting_source() + source)
-        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # none is there, or it is damaged
+        head = importlib.util.MAGIC_NUMBER + _hash(b"\0".join((_rewriting_source(), path, source)))
+        with contextlib.suppress(OSError):  # none is there
             cached = self.get_data(cache)
-            if cached.startswith(head):
-                return marshal.loads(cached[len(head) :])  # type: ignore[no-any-return]
+            body = cached[len(head) + _HASH_BYTES :]
+            if cached.startswith(head + _hash(body)):
+                return marshal.loads(body)  # type: ignore[no-any-return]
         tree = _Rewriter(self.device).visit(ast.parse(source))
         code: types.CodeType = compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
         if not sys.dont_write_bytecode:
-            self.set_data(cache, head + marshal.dumps(code))  # does nothing where it cannot write
+            body = marshal.dumps(code)
+            self.set_data(cache, head + _hash(body) + body)  # does nothing where it cannot write
         return code
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -41,8 +41,8 @@ def check_one_table(plan: SurgeryPlan, base: Path) -> None:
     ours, theirs = plan.embedding.tensors(), plan.head.tensors()
     if not (ours.keys() == theirs.keys() and all(torch.equal(ours[part], theirs[part]) for part in ours)):
         raise CheckpointError(
-            f"{base} ties its head to its embedding, yet the plan makes them by {dict(plan.embedding.method)} "
-            f"and {dict(plan.head.method)}: plan with one method for both"
+            f"{base} ties its head to its embedding, yet the plan makes the one by {plan.embedding.method['method']!r} "
+            f"and the other by {plan.head.method['method']!r}: plan with one method, and the same options, for both"
         )
 
 

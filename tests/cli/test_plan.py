@@ -66,6 +66,16 @@ def test_kernels_that_cannot_run(
     assert "use 'auto' to let the op choose" in printed.err
 
 
+@pytest.mark.parametrize("verb", [["plan"], ["run", "--dry-run"]])
+def test_one_table_is_made_by_one_method(verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"output={tmp_path / 'run'}", "base.shape.tied_embeddings=true", "surgery.embedding=aligned"]
+    words = [verb[0], "quickstart", *verb[1:], *(word for setting in settings for word in ("--set", setting))]
+    assert main([*words, "--set", "surgery.head=mean"]) == 2
+    told = "error: surgery.embedding makes rows by 'aligned' and surgery.head by 'mean', but the base ties its head to"
+    assert capsys.readouterr().err.startswith(told)
+    assert main([*words, "--set", "surgery.head=aligned"]) == 0
+
+
 @KERNELS
 def test_kernels_of_another_machine_are_planned(
     setting: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -182,10 +182,20 @@ def test_no_tokens() -> None:
     assert attention(*_inputs(0), torch.tensor([0]), scale=1.0).shape == (0, 2, 8)
 
 
-@pytest.mark.parametrize("boundaries", [[0, 9], [1, 10], [0, 6, 4, 10], []], ids=str)
-def test_boundaries_that_do_not_fit_are_refused(boundaries: list[int]) -> None:
-    with pytest.raises(ValueError, match="for 10 tokens"):
-        attention(*_inputs(10), torch.tensor(boundaries, dtype=torch.int32), scale=1.0)
+@pytest.mark.parametrize(
+    ("boundaries", "told"),
+    [
+        ([0, 9], "from 0 to 9 for 10 tokens"),
+        ([1, 10], "from 1 to 10 for 10 tokens"),
+        ([0, 6, 4, 10], "with 4 after 6"),
+        ([], r"\[\]; expected integers"),
+        ([0.0, 10.0], r"\[0.0, 10.0\]; expected integers"),
+    ],
+    ids=str,
+)
+def test_boundaries_that_do_not_fit_are_refused(boundaries: list[float], told: str) -> None:
+    with pytest.raises(ValueError, match=f"got cu_seqlens {told}"):
+        attention(*_inputs(10), torch.tensor(boundaries), scale=1.0)
 
 
 def test_numbers_out_of_their_range_are_refused() -> None:

@@ -59,7 +59,7 @@ def test_documents_of_one_length_go_to_torch_and_others_to_triton(gpu: Callable[
     assert _decide(PACKED).implementation == "triton"
 
 
-def test_a_job_is_refused_what_serves_documents_of_one_length(
+def test_a_job_cannot_name_what_serves_documents_of_one_length(
     gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu()

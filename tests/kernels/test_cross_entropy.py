@@ -320,6 +320,8 @@ def test_the_op_keeps_the_rules_of_the_dispatcher(
         ({"sequence_parallel": True}, "sequence_parallel and no group"),
         ({"num_scored": 5}, "num_scored 5 for 4 tokens"),
         ({"num_scored": -1}, "num_scored -1 for 4 tokens"),
+        ({"num_scored": "4"}, "num_scored '4'; expected an integer"),
+        ({"weight_LD": torch.zeros(8, 6, device="meta")}, "labels on cpu, meta; expected one device"),
         ({"budget_bytes": 1e9}, "budget_bytes 1000000000.0; expected an integer"),
         ({"label_smoothing": 1.0}, "label_smoothing 1.0"),
         ({"z_loss": -0.1}, "z_loss -0.1"),

@@ -87,6 +87,16 @@ def test_many_chunks_of_short_numbers_are_summed_in_fp32() -> None:
     assert not _plan(20480, has_main_grad=True, reduction="none").wide_sum
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_main_grad", [False, True])
+def test_what_is_kept_makes_a_single_product(dtype: torch.dtype, has_main_grad: bool) -> None:
+    """So that nothing is summed; one chunk that an accelerator takes above its budget is kept, too."""
+    for num_tokens, vocab_size, budget in ((8192, 43177, 1 << 30), (8192, 128256, 1 << 28), (1000, 128256, 1 << 20)):
+        changes = {"vocab_size": vocab_size, "budget_bytes": budget, "has_main_grad": has_main_grad}
+        plan = _plan(num_tokens, hidden_size=4096, dtype=dtype, **changes)
+        assert (plan.path, plan.wide_sum, len(plan.parts())) == ("kept", False, 1)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 1000, 8192, 8193, 16384, 50000])
 @pytest.mark.parametrize("vocab_size", [7, 5397, 128256, 176000])
 @pytest.mark.parametrize("on_cpu", [True, False])

@@ -141,9 +141,10 @@ source = Path(sys.modules["megatron.core.spellings"].__file__)
 cached, usual = (Path(cache_from_source(str(source), optimization=name)) for name in ("0cpu", ""))
 seen["usual"] = usual.exists()
 head = cached.read_bytes()[:12]
-other = head + marshal.dumps(compile("literal = 'from the cache'", "spellings.py", "exec"))
+body = marshal.dumps(compile("literal = 'from the cache'", "spellings.py", "exec"))
+other = head + importlib.util.source_hash(body) + body
 seen["again"] = []
-for content in (other, other[:-5], head, b"", bytes(12) + other[12:]):
+for content in (other, other[:-5], head, b"", bytes(12) + other[12:], other[:40] + bytes(8) + other[48:]):
     cached.write_bytes(content)
     seen["again"].append(literal())
 source.write_text(source.read_text().replace('"cuda", "cuda:0"', '"new", "cuda:0"'))
@@ -155,7 +156,7 @@ seen["unwritten"] = literal(), cached.exists()
         stand_in,
     )
     assert seen["first"] == "cpu" and not seen["usual"]
-    assert seen["again"] == ["from the cache", *["cpu"] * 4]  # what is damaged, or of another source, is made anew
+    assert seen["again"] == ["from the cache", *["cpu"] * 5]  # what is damaged, or of another source, is made anew
     assert seen["changed"] == "new" and seen["unwritten"] == ["new", False]
 
 

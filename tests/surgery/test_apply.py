@@ -143,7 +143,7 @@ def test_what_does_not_belong_together(
         (plan, other, new_tokenizer, CheckpointError, "not the one the plan starts from"),
         (plan, recorded, new_tokenizer, CheckpointError, "not the one the plan starts from"),
         (plan, source, old_tokenizer, TokenizerError, "not the tokenizer the plan was made for"),
-        (different, tied, new_tokenizer, CheckpointError, "one method for both"),
+        (different, tied, new_tokenizer, CheckpointError, "one method, and the same options, for both"),
         (plan, tmp_path / "nothing", new_tokenizer, CheckpointError, "config.json"),
     ]
     for used, folder, tokenizer, error, message in cases:

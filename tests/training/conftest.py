@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ SHAPE = LlamaShape(
     max_position_embeddings=64,
 )
 STEPS = 8
+LONGEST_SECONDS = 600  # of a call of `train_many`
 GLOBAL_BATCH = 8
 
 
@@ -86,10 +88,16 @@ class Tiny:
         while log_folder.exists():  # a job that goes on
             log_folder = log_folder.with_name(f"{log_folder.name}-more")
         trainer = start_trainer()
+        if trainer.poll() is not None:  # a test that killed it has failed already
+            start_trainer.cache_clear()
+            trainer = start_trainer()
         assert trainer.stdin is not None and trainer.stdout is not None
         trainer.stdin.write(json.dumps([num_processes, str(log_folder), paths]) + "\n")
         trainer.stdin.flush()
+        timer = threading.Timer(LONGEST_SECONDS, trainer.kill)
+        timer.start()
         answer = trainer.stdout.readline()
+        timer.cancel()
         assert answer, f"the process that trains has ended with code {trainer.wait()}"
         logs = [path.read_text(errors="replace")[-4000:] for path in sorted(log_folder.iterdir())]
         assert not json.loads(answer), "\n".join([json.loads(answer), *logs])

@@ -105,7 +105,7 @@ def test_killed_job_goes_on_as_if_it_had_not_been(undisturbed: Path, tiny: Tiny)
     job.communicate()  # nobody holds its pipes any more
     step, checkpoint = checkpoint_folders(output)[-1]
     reached = read_metrics(output)[-1]["step"]
-    assert SAVE_INTERVAL <= step <= reached < LAST_STEP - 4
+    assert SAVE_INTERVAL <= step <= reached < LAST_STEP - 15
     with open(output / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         metrics.write(f'{{"step": {LAST_STEP - 1}, "loss": 4.9')
     half_written = output / "checkpoints" / f"iter_{LAST_STEP:07d}"

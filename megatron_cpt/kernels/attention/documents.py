@@ -27,11 +27,15 @@ def read_boundaries(cu_seqlens: Boundaries, num_tokens: int) -> tuple[int, ...]:
         ValueError: they do not begin with 0, fall somewhere, or do not end with `num_tokens`.
     """
     boundaries = tuple(cu_seqlens.tolist())
-    ordered = all(start <= stop for start, stop in pairwise(boundaries))
-    if not boundaries or boundaries[0] != 0 or boundaries[-1] != num_tokens or not ordered:
+    expected = "expected integers: 0, the further document starts in order, and the number of tokens"
+    if not boundaries or not all(isinstance(each, int) for each in boundaries):
+        raise ValueError(f"attention: got cu_seqlens {str(list(boundaries))[:80]}; {expected}")
+    falling = next(((start, stop) for start, stop in pairwise(boundaries) if stop < start), None)
+    if falling is not None:
+        raise ValueError(f"attention: got cu_seqlens with {falling[1]} after {falling[0]}; {expected}")
+    if boundaries[0] != 0 or boundaries[-1] != num_tokens:
         raise ValueError(
-            f"attention: got cu_seqlens from {boundaries[:1]} to {boundaries[-1:]} for {num_tokens} tokens; "
-            "expected 0, the further document starts in order, and the number of tokens"
+            f"attention: got cu_seqlens from {boundaries[0]} to {boundaries[-1]} for {num_tokens} tokens; {expected}"
         )
     return boundaries
 

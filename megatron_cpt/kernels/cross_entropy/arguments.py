@@ -63,6 +63,9 @@ def _check_tensors(op: str, hidden_RD: Tensor, weight_LD: Tensor, labels_N: Tens
     ):
         tokens = f"[N / {of_group}, D]" if of_group > 1 else "[N, D]"
         raise ValueError(f"{op}: got hidden, weight, labels {shapes}; expected {tokens}, [L, D] and [N]")
+    devices = {str(tensor.device) for tensor in (hidden_RD, weight_LD, labels_N)}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: got hidden, weight and labels on {', '.join(sorted(devices))}; expected one device")
     if hidden_RD.dtype != weight_LD.dtype or not hidden_RD.is_floating_point():
         raise ValueError(f"{op}: got hidden {hidden_RD.dtype}, weight {weight_LD.dtype}; expected one floating dtype")
     if labels_N.dtype not in _LABELS:

@@ -19,7 +19,7 @@ from megatron_cpt.kernels.cross_entropy.plan import (
     first_trained_column,
     make_plan,
 )
-from megatron_cpt.kernels.cross_entropy.products import add_product, write_logits, write_product
+from megatron_cpt.kernels.cross_entropy.products import add_product, multiply, write_logits, write_product
 
 # oneDNN's bf16 product on a CPU with AMX reads a row to the next multiple of 32 elements and multiplies what lies
 # behind its end by zero: there must be numbers.
@@ -194,8 +194,7 @@ class WeightGradient:
             return nothing
         if self.main_grad_LD is not None:
             if self.total is not None:
-                factor = self.total.new_ones(()) if scale is None else scale
-                self.main_grad_LD[self.trained].addcmul_(self.total, factor)
+                self.main_grad_LD[self.trained].add_(self.total if scale is None else self.total.mul_(scale))
             return nothing
         if self.total is None:
             return torch.zeros_like(self.weight_LD)
@@ -204,7 +203,7 @@ class WeightGradient:
             gradient_LD[self.trained] = self.total if scale is None else self.total.mul_(scale)
             return gradient_LD
         if scale is not None:
-            self.total[self.trained] *= scale
+            multiply(self.total[self.trained], scale)
         return self.total
 
     def _new_gradient(self) -> Tensor:

@@ -103,12 +103,19 @@ def backward(
     call: str,
     num_scored: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns what `paths.backward` does."""
+    """Returns what `paths.backward` does, but of a gradient that lies in an argument an empty tensor.
+
+    No result of an operator may be one of its arguments; `_gradients` has them.
+    """
     kept = paths.Results(
         grad_loss, lse_N, lse_N, scored_S, scored_S, tokens_SD, denominator, buffer_TM, grad_SD, total_LD
     )
-    return paths.backward(
+    grad_RD, grad_LD = paths.backward(
         grad_loss, hidden_RD, weight_LD, labels_N, weights_N, main_grad_LD, kept, settings_of(call, num_scored)
+    )
+    return (
+        grad_RD.new_empty(0) if grad_RD is grad_SD else grad_RD,
+        grad_LD.new_empty(0) if grad_LD is total_LD else grad_LD,
     )
 
 
@@ -130,10 +137,11 @@ def _backward_fake(
     num_scored: int,
 ) -> tuple[Tensor, Tensor]:
     settings = settings_of(call, num_scored)
-    becomes_gradient = total_LD.dim() == 2 and not plan_of(settings, len(labels_N), weight_LD).wide_sum
-    returns_weight = settings.train_weight and main_grad_LD is None and not becomes_gradient
+    is_in_sum = total_LD.dim() == 2 and not plan_of(settings, len(labels_N), weight_LD).wide_sum
+    returns_weight = settings.train_weight and main_grad_LD is None and not is_in_sum
+    returns_hidden = settings.train_hidden and grad_SD.shape != hidden_RD.shape
     return (
-        hidden_RD.new_empty(hidden_RD.shape if settings.train_hidden else (0,)),
+        hidden_RD.new_empty(hidden_RD.shape if returns_hidden else (0,)),
         weight_LD.new_empty(weight_LD.shape if returns_weight else (0,)),
     )
 
@@ -163,7 +171,7 @@ def _arguments(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...] 
     if once is None:
         dtype = settings_of(ctx.call, ctx.num_scored).dtype
         once = hidden_RD.new_empty(0, dtype=dtype), hidden_RD.new_empty(0), hidden_RD.new_empty(0)
-    ctx.total_LD = once[-1]
+    ctx.made = once[1:]
     return (
         *(grad_loss, hidden_RD, weight_LD, labels_N, weights_N, ctx.main_grad_LD),
         *(*kept, *once, ctx.call, ctx.num_scored),
@@ -173,11 +181,12 @@ def _arguments(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...] 
 def _gradients(ctx: Any, made: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
     call = settings_of(ctx.call, ctx.num_scored)
     grad_RD, grad_LD = made
-    total_LD, ctx.total_LD = ctx.total_LD, None
+    (grad_SD, total_LD), ctx.made = ctx.made, None
+    grad_hidden = (grad_RD if grad_RD.dim() == 2 else grad_SD) if call.train_hidden else None
     grad_weight = (grad_LD if grad_LD.dim() == 2 else total_LD) if call.train_weight else None
     if call.train_weight and ctx.main_grad_LD is not None:
         grad_weight = _stand_in(ctx.saved_tensors[1])
-    return grad_RD if call.train_hidden else None, grad_weight, None, None, None, None, None
+    return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _stand_in(weight_LD: Tensor) -> Tensor | None:
@@ -190,7 +199,9 @@ def _stand_in(weight_LD: Tensor) -> Tensor | None:
     if not hasattr(weight_LD, "grad_added_to_main_grad"):
         return None
     weight_LD.grad_added_to_main_grad = True
-    return torch.zeros_like(weight_LD) if getattr(weight_LD, "zero_out_wgrad", False) else torch.empty_like(weight_LD)
+    if getattr(weight_LD, "zero_out_wgrad", False):
+        return weight_LD.new_zeros(()).expand_as(weight_LD)  # waits for the other gradient, and takes no memory
+    return torch.empty_like(weight_LD)
 
 
 # As `paths.forward`; of what it returns the loss is differentiable.
@@ -200,7 +211,7 @@ run = GraphOp(
     fake=_forward_fake,
     backward=backward,
     backward_fake=_backward_fake,
-    backward_mutates=("main_grad_LD", "buffer_TM", "total_LD"),
+    backward_mutates=("main_grad_LD", "buffer_TM", "grad_SD", "total_LD"),
     save=_save,
     arguments=_arguments,
     gradients=_gradients,

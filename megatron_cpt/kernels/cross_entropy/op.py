@@ -116,8 +116,8 @@ def linear_cross_entropy(
     Precision: products accumulate in fp32 (parts of a sum that cuBLAS splits are added as torch's
     `allow_bf16_reduced_precision_reduction` and its twin for fp16 say) and are rounded to `logits_dtype`;
     exponentials, sums and the loss are fp32; the gradient of the logits is rounded to the inputs' dtype before the
-    two products that use it; over several chunks the weight's gradient is summed in fp32. With float64 inputs
-    everything is float64. The same inputs give the same bits.
+    two products that use it; the weight's gradient is summed over chunks in fp32, or in bf16 over up to four of
+    them. With float64 inputs everything is float64. The same inputs give the same bits.
 
     Args:
         hidden_ND: [N, D], floating; [N / ranks, D], this rank's tokens in the order of the ranks, with
@@ -213,6 +213,7 @@ def _known_count(num_scored: int | None, labels_N: Tensor, ignore_index: int) ->
     if num_scored is None:
         counts = labels_N.device.type == "cpu" and not torch.compiler.is_compiling()
         return int((labels_N != ignore_index).sum()) if counts else -1
-    if not 0 <= num_scored <= len(labels_N):
-        raise ValueError(f"{OP}: got num_scored {num_scored} for {len(labels_N)} tokens; expected 0 to {len(labels_N)}")
-    return integer("num_scored", num_scored)
+    count = integer("num_scored", num_scored)
+    if not 0 <= count <= len(labels_N):
+        raise ValueError(f"{OP}: got num_scored {count} for {len(labels_N)} tokens; expected 0 to {len(labels_N)}")
+    return count

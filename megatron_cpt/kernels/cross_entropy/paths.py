@@ -45,6 +45,7 @@ from megatron_cpt.kernels.cross_entropy.chunks import (
 )
 from megatron_cpt.kernels.cross_entropy.exchange import gather_statistics, gather_tokens, scatter_tokens
 from megatron_cpt.kernels.cross_entropy.plan import Call
+from megatron_cpt.kernels.cross_entropy.products import multiply
 
 
 class Results(NamedTuple):
@@ -175,9 +176,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of hidden states [R, D] and weight [L, D]; one that is not wanted is empty.
 
-    `kept.buffer_TM` and `kept.total_LD` are used up. Where the path fills them and they are empty, an earlier
+    `kept.buffer_TM`, `kept.grad_SD` and `kept.total_LD` are used up: the latter two become the gradients where they
+    lie, but for tokens that were dropped and for a wide sum. Where the path fills them and they are empty, an earlier
     backward has used them, and the logits are made again. With `main_grad_LD` the weight's gradient is added there.
-    A sum in `kept.total_LD` that is not wide becomes the weight's gradient where it lies, and none is returned.
     """
     plan = plan_of(call, len(labels_N), weight_LD)
     tokens_SD = kept.tokens_SD if kept.tokens_SD.dim() == 2 else hidden_RD
@@ -190,12 +191,11 @@ def backward(
     has_buffer = kept.buffer_TM.dim() == 2
     logits = Logits(call, plan, weight_LD, kept.buffer_TM if has_buffer else None)
     if plan.path == "forward" and (has_buffer or kept.grad_SD.dim() == 2):
-        grad_SD = kept.grad_SD * scale if call.train_hidden else hidden_RD.new_empty(0)
+        grad_SD = multiply(kept.grad_SD, scale) if call.train_hidden else hidden_RD.new_empty(0)
         if call.train_weight and plan.parts():
             last = plan.parts()[-1]
             weight.add(logits.narrowed(last.stop - last.start), tokens_SD[last])
-        grad_LD = weight.finish(scale)
-        return _to_tokens(grad_SD, kept, call)[0], grad_LD if grad_LD is not begun else weight_LD.new_empty(0)
+        return _to_tokens(grad_SD, kept, call)[0], weight.finish(scale)
     if call.reduction == "none":
         scale = select(scale, kept.scored_S, call)
     return _from_logits(rows, _token_gradients(scale, rows), logits, weight, kept, is_written=has_buffer)

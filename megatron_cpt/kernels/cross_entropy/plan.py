@@ -22,7 +22,7 @@ ACCELERATOR_LEAST_ROWS = 1024
 TRITON_STRIDE = 64
 # A matrix product whose operands begin anywhere but at a multiple of 8 elements is a slower one.
 _ALIGNMENT = 64
-# Sums of bf16 over at most so many chunks are made in bf16. Of n chunks of a like size such a sum has sqrt((n + 1) / 2)
+# Sums of bf16 over at most so many chunks are made in bf16. Of n like chunks such a sum has sqrt((n + 1) / 2)
 # times the rounding error of one product, 1.6 at most (1.9 where a factor of the loss comes to it that is no power of
 # two), and needs no memory but the gradient's. fp16 has not the range for the sum over tokens of which a mean is made.
 _MOST_OWN_SUMS = 4
@@ -153,8 +153,8 @@ def make_plan(
     path: Path
     if not (call.train_hidden or call.train_weight):
         path = "statistics"
-    elif num_rows * row_bytes <= allowance(call, chunk * row_bytes, sum_bytes):
-        path = "kept"
+    elif num_chunks == 1 or num_rows * row_bytes <= allowance(call, chunk * row_bytes, sum_bytes):
+        path, chunk, wide_sum = "kept", max(num_rows, 1), False  # a single product
     else:
         path = "forward" if in_forward else "recompute"
-    return Plan(path, num_rows, num_columns, stride, max(num_rows, 1) if path == "kept" else chunk, wide_sum)
+    return Plan(path, num_rows, num_columns, stride, chunk, wide_sum)

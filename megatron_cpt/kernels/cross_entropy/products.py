@@ -64,6 +64,14 @@ def add_product(total_MD: Tensor, grad_TM: Tensor, hidden_TD: Tensor) -> None:
             total_MD[part] += wide_CD
 
 
+def multiply(tensor: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies in place by a wider number, which is not rounded to the tensor's dtype before.
+
+    On a GPU torch would round one without dimensions; one with a dimension it does not, and needs no memory for that.
+    """
+    return tensor.mul_(factor.reshape(1) if tensor.is_cuda else factor)
+
+
 def _blocks(size: int, others: int, least: int) -> list[slice]:
     """Cuts one side of a matrix so that a part has _BLOCK_ELEMENTS, but is at least so long."""
     step = max(_BLOCK_ELEMENTS // max(others, 1), least)
