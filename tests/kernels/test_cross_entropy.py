@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy, linear
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_cpt.kernels.cross_entropy import library, linear_cross_entropy, torch_rows
 from tests.kernels.cross_entropy_cases import HIDDEN, IGNORED, NUM_TOKENS, random_labels
 from tests.kernels.guarded import assert_within_reference_error
+from tests.kernels.living import Living
 
 # What lies in the padding of a row is computed too and dropped.
 pytestmark = [
@@ -96,26 +94,9 @@ def test_gradients_against_finite_differences(budget_bytes: int, reduction: Any)
     )
 
 
-class _Logits(TorchDispatchMode):
-    """Follows the storages of all tensors [rows, width] but the weight's, and counts the matrix products."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.width, self.peak_bytes, self.products = weight.shape[0], 0, 0
-        self._weight = StorageWeakRef(weight.untyped_storage()).cdata
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.width:
-                storage = StorageWeakRef(tensor.untyped_storage())
-                if storage.cdata != self._weight:
-                    self._alive[storage.cdata] = (storage, tensor.untyped_storage().nbytes())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._alive.values()))
-        return out
+def _logits(weight: Tensor) -> Living:
+    """Follows all tensors [rows, width] but the weight."""
+    return Living(weight, counts=lambda tensor: tensor.dim() == 2 and tensor.shape[1] == weight.shape[0])
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -128,7 +109,7 @@ def test_live_logits_never_exceed_the_budget(
     hidden = torch.randn(64, 5, dtype=dtype, requires_grad=True)
     weight = torch.randn(1000, 5, dtype=dtype, requires_grad=True)
     budget_bytes = 9 * dtype.itemsize * 1000 + 17
-    with _Logits(weight) as logits:
+    with _logits(weight) as logits:
         labels = torch.randint(0, 1000, (64,))
         result = linear_cross_entropy(
             *(hidden, weight, labels), vocab_size=1000, budget_bytes=budget_bytes, reduction=reduction
@@ -147,7 +128,7 @@ def test_products_that_are_made(budget_bytes: int, more: int) -> None:
             hidden = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=trained[0])
             weight = torch.randn(40, HIDDEN, requires_grad=trained[1])
             options: dict[str, Any] = {"budget_bytes": budget_bytes, "reduction": reduction}
-            with _Logits(weight) as logits:
+            with _logits(weight) as logits:
                 result = linear_cross_entropy(hidden, weight, labels, vocab_size=40, **options)
                 if any(trained):
                     result.loss.sum().backward()

@@ -10,38 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy, linear
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_cpt.kernels import linear_cross_entropy
 from megatron_cpt.kernels.cross_entropy import chunks
+from tests.kernels.living import Living
 
 NUM_TOKENS, HIDDEN_SIZE = 8192, 4096
 MIB, GIB = 1 << 20, 1 << 30
 SMALL = 2 * MIB  # numbers for each token
-
-
-class _Living(TorchDispatchMode):
-    """Adds up the storages that are alive at once, but for those that are given."""
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self.peak_bytes = 0
-        self._given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in given}
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = StorageWeakRef(tensor.untyped_storage())
-                if storage.cdata not in self._given:
-                    self._alive[storage.cdata] = (storage, tensor.untyped_storage().nbytes())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._alive.values()))
-        return out
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +36,7 @@ def _peak_bytes(vocab_size: int, loss: Callable[[Tensor, Tensor, Tensor], Tensor
         torch.empty(rows, HIDDEN_SIZE, dtype=torch.bfloat16, requires_grad=True) for rows in (NUM_TOKENS, vocab_size)
     )
     labels_N = torch.zeros(NUM_TOKENS, dtype=torch.int64)
-    with _Living(hidden_ND, weight_VD, labels_N, *given) as living:
+    with Living(hidden_ND, weight_VD, labels_N, *given) as living:
         grads = torch.autograd.grad(loss(hidden_ND, weight_VD, labels_N), (hidden_ND, weight_VD), allow_unused=True)
     assert grads[0] is not None
     return living.peak_bytes

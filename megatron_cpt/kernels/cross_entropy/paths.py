@@ -4,9 +4,9 @@ Logits exist in chunks of tokens in a buffer under a budget of bytes, and are tu
 the four ways the first that fits is taken (`plan.make_plan`):
 
 statistics  nothing trains: chunk by chunk, only what the loss needs.
-kept        all logits of this rank fit the budget, or take no more than a chunk and an fp32 sum of the weight's
-            gradient would: they are kept for backward, which has the true gradient of every token. Three products,
-            no sum over chunks.
+kept        all logits of this rank fit the budget or one chunk, or take no more than a chunk and an fp32 sum of the
+            weight's gradient would: they are kept for backward, which has the true gradient of every token. Three
+            products, no sum over chunks.
 forward     a scalar loss over a whole table: a chunk's gradients are made right after its logits, of the sum over
             tokens; backward multiplies them by the loss's gradient. Three products. The last chunk's for the weight
             is left to backward, and nothing is added to `main_grad` before it.
